@@ -1,0 +1,38 @@
+"""How a rank waits: it yields, then sleeps, and gives up at a deadline. Knows a test function, no transport.
+
+Spinning inside MPI_Wait would be quicker by a few microseconds, but burns a core while idle, starves the
+peers when ranks outnumber cores, and cannot time out.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from distllm.errors import CommTimeout
+
+YIELD_S = 0.002  # a collective among ranks in step ends within this; a sleep would add its own latency to it
+SHORT_SLEEP_S = 0.0001  # then: a peer that computes for some milliseconds more
+IDLE_SLEEP_S = 0.001  # nothing to do: about 2 % of a core
+
+
+def wait_until(test: Callable[[], bool], what: str, timeout_s: float) -> None:
+    """Return when test() is true. Raises CommTimeout, naming `what`, after timeout_s."""
+    if test():
+        return
+    start = time.monotonic()
+    while not test():
+        waited = time.monotonic() - start
+        if waited < YIELD_S:
+            os.sched_yield()
+        elif waited < timeout_s:
+            time.sleep(min(SHORT_SLEEP_S + waited / 100, IDLE_SLEEP_S))
+        else:
+            raise CommTimeout(f"{what}: no answer from the other ranks within {timeout_s:g} s")
+
+
+def wait_idle(test: Callable[[], bool]) -> None:
+    """Return when test() is true, however long that takes; asleep nearly all the time."""
+    while not test():
+        time.sleep(IDLE_SLEEP_S)

@@ -1,0 +1,59 @@
+"""EngineConfig: what the user asks of an engine, checked when made and never changed afterwards. A leaf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from distllm.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_BLOCK_SIZE = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Option names as in vLLM. None means: derived from the model and the machine by `resolve`."""
+
+    model: str
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    dtype: str = "auto"  # the checkpoint's on a GPU, float32 on a CPU
+    seed: int = 0  # of the requests that bring none
+    max_model_len: int | None = None  # prompt and generated tokens of one sequence
+    max_num_seqs: int = 256  # sequences that run at the same time
+    max_num_batched_tokens: int = 2048  # of one step; longer prompts are computed in chunks
+    block_size: int = 16  # tokens per KV block
+    enable_prefix_caching: bool = True
+    kv_cache_memory_bytes: int | None = None  # per rank
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ConfigError(f"block_size is {self.block_size}; it must be between 1 and {MAX_BLOCK_SIZE}")
+        for name in ("max_model_len", "kv_cache_memory_bytes"):
+            if getattr(self, name) is not None:
+                self._check_positive(name)
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            self._check_positive(name)
+
+    def _check_positive(self, name: str) -> None:
+        if not 1 <= getattr(self, name) < 2**40:
+            raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def resolve(self, max_position_embeddings: int) -> EngineConfig:
+        """Fill max_model_len from the model, or check it against the model's window."""
+        if self.max_model_len is None:
+            return replace(self, max_model_len=max_position_embeddings)
+        if self.max_model_len > max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}; the model's window "
+                f"(max_position_embeddings) is {max_position_embeddings}"
+            )
+        return self
+
+    @property
+    def context_len(self) -> int:
+        """max_model_len of a resolved config."""
+        assert self.max_model_len is not None, "resolve() first"
+        return self.max_model_len

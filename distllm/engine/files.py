@@ -1,0 +1,48 @@
+"""Reading a model folder: JSON of bounded size, and only files of that folder. Knows no tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distllm.errors import CheckpointError
+
+MAX_JSON_BYTES = 256 * 2**20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError, naming the file, for whatever is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if len(content) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, not an object")
+    return data
+
+
+def inside(folder: Path, name: object) -> Path:
+    """folder/name, refusing names that lead out of the folder: a model folder cannot name other files.
+
+    A link may lead out in one case: to the `blobs` beside `snapshots` in which a Hugging Face cache keeps
+    the files.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise CheckpointError(f"{folder}: {name!r} is not a file name")
+    home, target = folder.resolve(), (folder / name).resolve()
+    if Path(name).is_absolute() or ".." in Path(name).parts or not _belongs(home, target):
+        raise CheckpointError(f"{folder}: {name} lies outside the folder; put the file itself there")
+    return folder / name
+
+
+def _belongs(home: Path, target: Path) -> bool:
+    in_cache = home.parent.name == "snapshots" and target.is_relative_to(home.parent.parent / "blobs")
+    return target.is_relative_to(home) or in_cache

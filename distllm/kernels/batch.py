@@ -1,0 +1,26 @@
+"""TokenBatch: where each token of one step stands. Made on the device by the slot gather, read by kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The rows of one step, packed. Row i holds tokens cu_seqlens_q[i] : cu_seqlens_q[i + 1].
+
+    A token at position p sees positions 0 … p of its row; the KV of position p lies in block
+    block_table[i, p // block_size] at offset p % block_size.
+    """
+
+    positions: torch.Tensor  # [num_tokens] int64
+    slot_mapping: (
+        torch.Tensor
+    )  # [num_tokens] int64, block id · block_size + offset, where this token's KV goes
+    cu_seqlens_q: torch.Tensor  # [num_rows + 1] int32
+    seq_lens: torch.Tensor  # [num_rows] int32, this step's tokens included
+    block_table: torch.Tensor  # [num_rows, max_blocks] int32

@@ -1,0 +1,1 @@
+"""Architectures as data: specs made from config.json, the table of shards, one decoder for all."""
