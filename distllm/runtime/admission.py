@@ -1,0 +1,168 @@
+"""From what the user wrote to Requests: prompts tokenised, every bound checked, seeds and limits made
+definite.
+
+Runs on rank 0 before anything of the batch is admitted, so that a refused request harms no other.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from distllm.engine.tokenizer import Tokenizer
+from distllm.errors import RequestError
+from distllm.runtime.generation import Generation
+from distllm.runtime.plan import RowSampling
+from distllm.runtime.request import Request
+from distllm.runtime.sampling_params import SamplingParams
+
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow
+
+
+def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list. A list of integers is one prompt of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(
+            f"prompts is a {type(prompts).__name__}; it must be text, token ids or a list of these"
+        )
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+class Admission:
+    """Makes Generations; numbers requests and draws seeds in the order of its calls."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_model_len: int,
+        eos_token_ids: Sequence[int],
+        seed: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._eos = tuple(eos_token_ids)
+        self._random = random.Random(seed)
+        self._count = 0
+
+    def admit_all(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priorities: Sequence[int] | None = None,
+    ) -> list[Generation]:
+        """A Generation for each prompt. Raises RequestError that names the prompt; then none is admitted."""
+        listed = as_prompt_list(prompts)
+        if not listed:
+            raise RequestError("the list of prompts is empty; give at least one prompt")
+        all_params = self._spread("sampling_params", params or SamplingParams(), len(listed))
+        all_priorities = self._spread("priorities", 0 if priorities is None else priorities, len(listed))
+        generations = []
+        for number, item in enumerate(zip(listed, all_params, all_priorities, strict=True)):
+            try:
+                generations.append(self._admit(*item))
+            except RequestError as error:
+                raise RequestError(f"prompt {number}: {error}" if len(listed) > 1 else str(error)) from None
+        return generations
+
+    @staticmethod
+    def _spread(name: str, value: Any, count: int) -> list[Any]:
+        """One value for all prompts, or one each."""
+        if not isinstance(value, Sequence):
+            return [value] * count
+        if len(value) != count:
+            raise RequestError(
+                f"{name} has {len(value)} entries for {count} prompts; give one, or one for each"
+            )
+        return list(value)
+
+    def _admit(self, prompt: Prompt, params: SamplingParams, priority: int) -> Generation:
+        text, token_ids = self._tokenize(prompt)
+        self._check_length(token_ids)
+        for token_id in params.stop_token_ids or ():
+            self._check_token_id("stop_token_ids", token_id)
+        if params.stop_strings and self._tokenizer is None:
+            raise RequestError(
+                "stop strings need a tokenizer, and the model folder has none; use stop_token_ids"
+            )
+        request_id, self._count = str(self._count), self._count + 1
+        requests = self._make_requests(request_id, tuple(token_ids), params, priority)
+        return Generation(request_id, text, params, requests, self._tokenizer)
+
+    def _make_requests(
+        self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams, priority: int
+    ) -> list[Request]:
+        room = self._max_model_len - len(token_ids)
+        stops = frozenset([*(() if params.ignore_eos else self._eos), *(params.stop_token_ids or ())])
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        requests: list[Request] = []
+        for index in range(params.n):
+            requests.append(
+                Request(
+                    request_id=f"{request_id}.{index}" if params.n > 1 else request_id,
+                    prompt_token_ids=token_ids,
+                    max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+                    sampling=self._row_sampling(params, seed + index, stops),
+                    stop_token_ids=stops,
+                    priority=priority,
+                    fork_from=requests[0] if requests else None,
+                    index=index,
+                )
+            )
+        return requests
+
+    def _row_sampling(self, params: SamplingParams, seed: int, stops: frozenset[int]) -> RowSampling:
+        # min_tokens keeps even an ignored eos away, as in vLLM.
+        forbidden = sorted(stops.union(self._eos)) if params.min_tokens else []
+        return RowSampling(
+            temperature=0.0 if params.temperature < GREEDY_BELOW else float(params.temperature),
+            top_k=min(max(params.top_k, 0), self._vocab_size),
+            top_p=float(params.top_p),
+            min_p=float(params.min_p),
+            seed=(seed + 2**63) % 2**64 - 2**63,
+            num_logprobs=-1 if params.logprobs is None else min(params.logprobs, self._vocab_size),
+            min_tokens=params.min_tokens,
+            stop_token_ids=tuple(forbidden),
+        )
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+        if isinstance(prompt, Mapping):
+            prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError("the prompt is empty; it must have at least one token")
+            if self._tokenizer is None:
+                raise RequestError("the model folder has no tokenizer.json; give the prompt as token ids")
+            return prompt, self._tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence):
+            raise RequestError(
+                f"a prompt is a {type(prompt).__name__}; it must be text or a list of token ids"
+            )
+        for token_id in prompt:
+            self._check_token_id("the prompt", token_id)
+        return None, list(prompt)  # type: ignore[arg-type]
+
+    def _check_token_id(self, where: str, token_id: object) -> None:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise RequestError(f"{where} holds {token_id!r}; token ids are integers")
+        if not 0 <= token_id < self._vocab_size:
+            raise RequestError(
+                f"{where} holds token id {token_id}; the vocabulary is 0 … {self._vocab_size - 1}"
+            )
+
+    def _check_length(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise RequestError("the prompt is empty; it must have at least one token")
+        if len(token_ids) >= self._max_model_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; max_model_len is {self._max_model_len} and at "
+                "least one token is generated: shorten the prompt or raise max_model_len"
+            )

@@ -1,0 +1,80 @@
+"""Coordinator: rank 0's share beyond running steps. Schedules, broadcasts plans, gives tokens to their
+prompts.
+
+Step n is planned, broadcast and launched before the results of step n − pp_size are read: the host works
+while the stages do. Knows no layer and no shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from distllm.comm.base import Control
+from distllm.comm.fatal import set_step
+from distllm.errors import RequestError
+from distllm.runtime.generation import Generation
+from distllm.runtime.model_runner import ModelRunner
+from distllm.runtime.plan_codec import encode, encode_end, encode_error
+from distllm.runtime.request import Request
+from distllm.runtime.scheduler import Scheduler
+
+
+class Coordinator:
+    def __init__(self, control: Control, scheduler: Scheduler, runner: ModelRunner, pp_size: int) -> None:
+        self._control = control
+        self._scheduler = scheduler
+        self._runner = runner
+        self._pp_size = pp_size
+
+    def admit(self, generations: list[Generation]) -> None:
+        """Queue the requests of these prompts, or none: RequestError if one could never fit."""
+        requests = [request for generation in generations for request in generation.requests]
+        try:
+            for request in requests:
+                self._scheduler.add(request)
+        except RequestError:
+            for request in requests:
+                self._scheduler.abort(request)
+            raise
+
+    def run(self, generations: list[Generation]) -> Generator[Generation]:
+        """Generate what was admitted, yielding a Generation each time it has new tokens; then release the
+        workers.
+
+        Closing the iterator early aborts what is left. Rank 0 only, while every other rank is in run_worker.
+        """
+        owner = {request: generation for generation in generations for request in generation.requests}
+        try:
+            while self._scheduler.has_unfinished:
+                yield from self._step(owner)
+        except GeneratorExit:
+            for request in owner:
+                self._scheduler.abort(request)
+            self._finish(owner)
+            raise
+        self._finish(owner)
+
+    def refuse(self, text: str) -> None:
+        """Tell the workers that this work was refused, and why."""
+        self._control.bcast(encode_error(text))
+
+    def _finish(self, owner: dict[Request, Generation]) -> None:
+        while self._scheduler.has_outstanding:
+            self._step(owner)
+        self._scheduler.check_integrity()
+        self._control.bcast(encode_end())
+
+    def _step(self, owner: dict[Request, Generation]) -> list[Generation]:
+        """One step; the generations that have new tokens, each once, in order."""
+        plan = self._scheduler.schedule()
+        set_step(plan.step)
+        self._control.bcast(encode(plan))
+        self._runner.run(plan)
+        changed: dict[Generation, None] = {}
+        for update in self._scheduler.update(self._runner.result(plan.step - self._pp_size)):
+            generation = owner[update.request]
+            stop = generation.add_token(update.request, update.token_id, update.logprobs)
+            if stop is not None:
+                self._scheduler.finish(update.request, "stop", stop)
+            changed[generation] = None
+        return list(changed)

@@ -1,0 +1,231 @@
+"""LLM: the Python API. One script for one rank or many; every rank runs the same lines, rank 0 gets the
+results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distllm.comm.agree import agree
+from distllm.comm.connect import open_channels, open_control
+from distllm.config import EngineConfig
+from distllm.engine import WeightSource, eos_token_ids, load_weights, open_source, resolve_model
+from distllm.engine.tokenizer import load_tokenizer
+from distllm.errors import DistllmError, RequestError, UserError
+from distllm.models.decoder import Decoder
+from distllm.models.shards import check_layout, shard_table
+from distllm.parallel.layout import RankLayout
+from distllm.runtime.admission import Admission, Prompt
+from distllm.runtime.coordinator import Coordinator
+from distllm.runtime.generation import Generation
+from distllm.runtime.kv_memory import allocate_kv_cache, kv_block_count
+from distllm.runtime.model_runner import ModelRunner
+from distllm.runtime.outputs import RequestOutput
+from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.scheduler import Scheduler, SchedulerConfig
+from distllm.runtime.slots import SlotTables
+from distllm.runtime.worker import run_worker
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+    from distllm.comm.base import Control
+
+
+class LLM:
+    """A model loaded over the ranks of a job.
+
+        with LLM("demo", tensor_parallel_size=2) as llm:
+            outputs = llm.generate("Once upon a time", SamplingParams(max_tokens=64))
+            if llm.is_root:
+                print(outputs[0].outputs[0].text)
+
+    Every method is collective: every rank calls it with the same arguments, in the same order; prompts matter
+    on rank 0 alone. Without comm, one rank uses no MPI, and several use MPI.COMM_WORLD.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        comm: Intracomm | Control | None = None,
+        **options: Any,
+    ) -> None:
+        """model: "demo", a Hugging Face folder or an engine folder. options: the other fields of
+        EngineConfig.
+
+        Raises UserError, the same on every rank, for whatever cannot work.
+        """
+        self.config = EngineConfig(
+            model=model,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            **options,
+        )
+        self._in_use = self._closed = False
+        self._control = open_control(comm, tensor_parallel_size * pipeline_parallel_size)
+        try:
+            self._start()
+        except UserError:
+            self._control.close()
+            raise
+
+    @property
+    def is_root(self) -> bool:
+        return self._control.rank == 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue every prompt; the outputs in the order of the prompts on rank 0, an empty list elsewhere.
+
+        prompts: text, token ids, or a list of these. sampling_params: one for all, or one each.
+        Raises RequestError, on every rank, if any prompt or parameter is refused.
+        """
+        with self._use():
+            if not self.is_root:
+                run_worker(self._control, self._runner)
+                return []
+            generations = self._admit(prompts, sampling_params, priority)
+            for _ in self._coordinator.run(generations):
+                pass
+            return [generation.output() for generation in generations]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """As generate(), but yield increments as they come: text and token_ids are what is new.
+
+        Every rank iterates to the end; ranks other than 0 get nothing from it. Leaving the loop early on rank
+        0 aborts what is left.
+        """
+        with self._use():
+            if not self.is_root:
+                run_worker(self._control, self._runner)
+                return
+            generations = self._admit(prompts, sampling_params, priority)
+            with closing(self._coordinator.run(generations)) as changed:
+                for generation in changed:
+                    increment = generation.increment()
+                    if increment is not None:
+                        yield increment
+
+    def close(self) -> None:
+        """Free the communicators. Collective; calling it twice is harmless. After an interruption it only
+        forgets.
+        """
+        if not self._closed and not self._in_use:
+            self._channels.close()
+            self._control.close()
+        self._closed = True
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # An error that is not the same on every rank must not lead into a collective.
+        if error is None or isinstance(error, UserError):
+            self.close()
+
+    def _start(self) -> None:
+        """Bring up this rank's part. Collective. What one rank alone can find wrong is raised on all of
+        them.
+        """
+        control, config = self._control, self.config
+        self.layout = RankLayout(
+            config.tensor_parallel_size, config.pipeline_parallel_size, rank=control.rank
+        )
+        self.layout.check_world_size(control.size)
+        source = agree(control, lambda: open_source(resolve_model(config.model)))
+        check_layout(source.spec, self.layout)
+        self.config = config = config.resolve(source.spec.max_position_embeddings)
+        self._channels = open_channels(control, self.layout)
+        self._runner, num_blocks = self._load(source)
+        agree(control, lambda: self._start_coordinator(source, num_blocks) if self.is_root else None)
+
+    def _load(self, source: WeightSource) -> tuple[ModelRunner, int]:
+        control, config, spec = self._control, self.config, source.spec
+        device, dtype = torch.device("cpu"), resolve_dtype(config.dtype)
+        shards = shard_table(spec, self.layout)
+        weights = agree(control, lambda: load_weights(source, shards, dtype, device))
+        decoder = Decoder(spec, self.layout, weights, self._channels.tp)
+        block_bytes = math.prod(decoder.kv_cache_shape(1, config.block_size)) * dtype.itemsize
+        num_blocks = kv_block_count(config, block_bytes, control)
+        kv_cache = allocate_kv_cache(decoder.kv_cache_shape(num_blocks, config.block_size), dtype, device)
+        tables = SlotTables(config.max_num_seqs, config.context_len, config.block_size, device)
+        return ModelRunner(decoder, self.layout, self._channels, tables, kv_cache), num_blocks
+
+    def _start_coordinator(self, source: WeightSource, num_blocks: int) -> None:
+        config = self.config
+        scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=config.context_len,
+                block_size=config.block_size,
+                num_blocks=num_blocks,
+                enable_prefix_caching=config.enable_prefix_caching,
+                depth=config.pipeline_parallel_size,
+            )
+        )
+        self._coordinator = Coordinator(self._control, scheduler, self._runner, config.pipeline_parallel_size)
+        self._admission = Admission(
+            load_tokenizer(source.path),
+            source.spec.vocab_size,
+            config.context_len,
+            eos_token_ids(source.path),
+            config.seed,
+        )
+
+    def _admit(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+    ) -> list[Generation]:
+        """Check and queue on rank 0; what is refused here is refused on every rank."""
+        try:
+            generations = self._admission.admit_all(prompts, sampling_params, priority)
+            self._coordinator.admit(generations)
+        except RequestError as error:
+            self._coordinator.refuse(str(error))
+            raise
+        return generations
+
+    @contextmanager
+    def _use(self) -> Iterator[None]:
+        """One piece of work at a time. An error in the middle of it leaves the ranks out of step for good."""
+        if self._in_use or self._closed:
+            raise DistllmError(
+                "this LLM is closed, in use or was interrupted; finish the stream or make a new LLM"
+            )
+        self._in_use = True
+        try:
+            yield
+        except (RequestError, GeneratorExit):
+            self._in_use = False
+            raise
+        self._in_use = False
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """ "auto" is float32: CPUs have no fast bf16, and in fp32 every layout gives the same tokens."""
+    return torch.float32 if name == "auto" else getattr(torch, name)

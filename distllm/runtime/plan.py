@@ -1,0 +1,99 @@
+"""StepPlan: what one step does, decided once on rank 0 and sent to every rank as one int32 buffer.
+
+A plan says what *changed*: rows that enter slots, blocks appended to tables, blocks to copy, and which slots
+run. All else (lengths, tables, parameters, last tokens) already lives in the slot tables of every rank. Knows
+no tensor, no rank and no request; plan_codec turns it into words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RowSampling:
+    """The sampling parameters of one slot, as the device tables hold them."""
+
+    temperature: float = 0.0  # 0 means greedy
+    top_k: int = 0  # 0 means all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # signed 64-bit, the key of this row's random numbers
+    num_logprobs: int = -1  # -1 none, 0 the sampled token's alone, k also the k best
+    min_tokens: int = 0  # until so many are generated, stop_token_ids cannot be sampled
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowInit:
+    """A request enters a slot: whatever the slot held before is gone."""
+
+    slot: int
+    token_ids: tuple[int, ...]  # prompt, and what was generated before a preemption
+    num_prompt_tokens: int
+    num_computed_tokens: int  # tokens whose KV is already in the blocks (prefix cache, fork)
+    sampling: RowSampling
+
+
+@dataclass(frozen=True)
+class BlockUpdate:
+    """block_table[slot, start : start + len(block_ids)] = block_ids."""
+
+    slot: int
+    start: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ScheduledRow:
+    """num_tokens of one slot run in this step, from its num_computed_tokens on. samples: the logits of the
+    last one give the next token."""
+
+    slot: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass
+class StepPlan:
+    """One step. Applied in this order: new_rows, block_updates, block_copies, then the rows run together:
+    in each layer every row's KV is written before any row reads, so that a row may share blocks that another
+    row fills in the same step.
+
+    rows: decodes (one token, samples) by ascending slot first, then the others in scheduling order. Empty
+    rows: no forward pass; the step exists so that results of earlier steps reach rank 0.
+    """
+
+    step: int
+    rows: list[ScheduledRow] = field(default_factory=list)
+    new_rows: list[RowInit] = field(default_factory=list)
+    block_updates: list[BlockUpdate] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)  # (src, dst) block ids
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def sampled_slots(self) -> list[int]:
+        """Slots that yield a token in this step, in batch order."""
+        return [row.slot for row in self.rows if row.samples]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one sampled position, before temperature and truncation."""
+
+    logprob: float  # of the sampled token
+    rank: int  # 1 + number of tokens that are more likely
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came back to rank 0 from one step: one entry for each of plan.sampled_slots, in that order."""
+
+    step: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None  # None when no row of the step asked

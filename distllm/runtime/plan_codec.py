@@ -1,0 +1,211 @@
+"""The messages of the control channel as int32 arrays: a step plan, the end of work, an error for all ranks.
+
+Layout: [format, kind, number of words, body …]. Decode rows are written as ranges of slots, so that a steady
+batch of any size costs the same. 64-bit values and text travel bit-cast. Knows no tensor and no communicator.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+import numpy.typing as npt
+
+from distllm.errors import DistllmError
+from distllm.runtime.plan import BlockUpdate, RowInit, RowSampling, ScheduledRow, StepPlan
+
+Words = npt.NDArray[np.int32]
+
+FORMAT = 0x444C0001  # "DL", then the version of this layout
+_STEP, _END, _ERROR = 1, 2, 3
+_HEADER_WORDS = 3
+_SAMPLING = struct.Struct("<qddd")  # seed, temperature, top_p, min_p
+
+
+@dataclass(frozen=True)
+class End:
+    """The work is done: workers return to the user's script."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """Every rank raises RequestError(text)."""
+
+    text: str
+
+
+def encode(plan: StepPlan) -> Words:
+    """The plan as one message. Inverse of decode_message."""
+    decodes, others = _split_decodes(plan.rows)
+    ranges = _slot_ranges([row.slot for row in decodes])
+    words = [*_words(struct.pack("<q", plan.step)), len(plan.new_rows), len(plan.block_updates)]
+    words += [len(plan.block_copies), len(ranges), len(others)]
+    for init in plan.new_rows:
+        words += _encode_row_init(init)
+    for update in plan.block_updates:
+        words += [update.slot, update.start, len(update.block_ids), *update.block_ids]
+    for pair in (*plan.block_copies, *ranges):
+        words += pair
+    for row in others:
+        words += [row.slot, row.num_tokens, int(row.samples)]
+    return _message(_STEP, words)
+
+
+def encode_end() -> Words:
+    return _message(_END, [])
+
+
+def encode_error(text: str) -> Words:
+    data = text.encode()
+    return _message(_ERROR, [len(data), *_words(data + bytes(-len(data) % 4))])
+
+
+def decode_message(array: Words) -> StepPlan | End | Error:
+    """Raises DistllmError for anything that encode, encode_end and encode_error do not write."""
+    assert array.dtype == np.int32 and array.ndim == 1, (
+        f"a message is 1-D int32, not {array.ndim}-D {array.dtype}"
+    )
+    reader = _Reader(array.tolist())
+    kind = reader.check_header()
+    if kind not in _DECODERS:
+        raise DistllmError(f"control message of unknown kind {kind}")
+    message = _DECODERS[kind](reader)
+    reader.check_end()
+    return message
+
+
+class _Reader:
+    """Takes words off the front of a message; every read checks that they are there."""
+
+    def __init__(self, words: list[int]) -> None:
+        self.words, self.position = words, 0
+
+    def take(self, count: int) -> list[int]:
+        start, self.position = self.position, self.position + count
+        if count < 0 or self.position > len(self.words):
+            raise DistllmError(
+                f"control message is damaged: {count} words wanted at word {start} of {len(self.words)}"
+            )
+        return self.words[start : self.position]
+
+    def check_header(self) -> int:
+        """The kind of the message, once format and length are known to be right."""
+        version, kind, length = self.take(_HEADER_WORDS)
+        if version != FORMAT:
+            raise DistllmError(
+                f"control message has format {version:#x}, this rank reads {FORMAT:#x}; "
+                "every rank must run the same version of distllm"
+            )
+        if length != len(self.words):
+            raise DistllmError(
+                f"control message is damaged: {len(self.words)} words came, {length} were sent"
+            )
+        return kind
+
+    def check_end(self) -> None:
+        if self.position != len(self.words):
+            raise DistllmError(
+                f"control message is damaged: {len(self.words) - self.position} words left over"
+            )
+
+
+def _decode_step(reader: _Reader) -> StepPlan:
+    (step,) = struct.unpack("<q", _bytes(reader.take(2)))
+    num_new, num_updates, num_copies, num_ranges, num_others = reader.take(5)
+    plan = StepPlan(step)
+    plan.new_rows = [_decode_row_init(reader) for _ in range(num_new)]
+    plan.block_updates = [_decode_block_update(reader) for _ in range(num_updates)]
+    plan.block_copies = [_decode_pair(reader) for _ in range(num_copies)]
+    for start, count in [_decode_pair(reader) for _ in range(num_ranges)]:
+        plan.rows += [ScheduledRow(slot, 1, True) for slot in range(start, start + count)]
+    plan.rows += [_decode_row(reader) for _ in range(num_others)]
+    return plan
+
+
+def _decode_end(reader: _Reader) -> End:
+    return End()
+
+
+def _decode_error(reader: _Reader) -> Error:
+    (num_bytes,) = reader.take(1)
+    return Error(_bytes(reader.take(-(-num_bytes // 4)))[:num_bytes].decode())
+
+
+_DECODERS: dict[int, Callable[[_Reader], StepPlan | End | Error]] = {
+    _STEP: _decode_step,
+    _END: _decode_end,
+    _ERROR: _decode_error,
+}
+
+
+def _encode_row_init(init: RowInit) -> list[int]:
+    sampling = init.sampling
+    packed = _SAMPLING.pack(sampling.seed, sampling.temperature, sampling.top_p, sampling.min_p)
+    return [
+        *(init.slot, init.num_prompt_tokens, init.num_computed_tokens),
+        *(len(init.token_ids), *init.token_ids),
+        *_words(packed),
+        *(sampling.top_k, sampling.num_logprobs, sampling.min_tokens),
+        *(len(sampling.stop_token_ids), *sampling.stop_token_ids),
+    ]
+
+
+def _decode_row_init(reader: _Reader) -> RowInit:
+    slot, num_prompt_tokens, num_computed_tokens, num_tokens = reader.take(4)
+    token_ids = tuple(reader.take(num_tokens))
+    return RowInit(slot, token_ids, num_prompt_tokens, num_computed_tokens, _decode_sampling(reader))
+
+
+def _decode_sampling(reader: _Reader) -> RowSampling:
+    seed, temperature, top_p, min_p = _SAMPLING.unpack(_bytes(reader.take(_SAMPLING.size // 4)))
+    top_k, num_logprobs, min_tokens, num_stops = reader.take(4)
+    stops = tuple(reader.take(num_stops))
+    return RowSampling(temperature, top_k, top_p, min_p, seed, num_logprobs, min_tokens, stops)
+
+
+def _decode_block_update(reader: _Reader) -> BlockUpdate:
+    slot, start, count = reader.take(3)
+    return BlockUpdate(slot, start, tuple(reader.take(count)))
+
+
+def _decode_pair(reader: _Reader) -> tuple[int, int]:
+    first, second = reader.take(2)
+    return first, second
+
+
+def _decode_row(reader: _Reader) -> ScheduledRow:
+    slot, num_tokens, samples = reader.take(3)
+    return ScheduledRow(slot, num_tokens, bool(samples))
+
+
+def _split_decodes(rows: Sequence[ScheduledRow]) -> tuple[Sequence[ScheduledRow], Sequence[ScheduledRow]]:
+    """The leading rows that are decodes, and the rest. Order is kept: results come in batch order."""
+    decodes = list(takewhile(lambda row: row.num_tokens == 1 and row.samples, rows))
+    return decodes, rows[len(decodes) :]
+
+
+def _slot_ranges(slots: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, count) of each run of consecutive slots, in order."""
+    ranges: list[tuple[int, int]] = []
+    for slot in slots:
+        if ranges and slot == sum(ranges[-1]):
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + 1)
+        else:
+            ranges.append((slot, 1))
+    return ranges
+
+
+def _message(kind: int, body: list[int]) -> Words:
+    return np.array([FORMAT, kind, _HEADER_WORDS + len(body), *body], dtype=np.int32)
+
+
+def _words(data: bytes) -> list[int]:
+    """Bytes, a multiple of four, as int32 words."""
+    return list(struct.unpack(f"<{len(data) // 4}i", data))
+
+
+def _bytes(words: list[int]) -> bytes:
+    return struct.pack(f"<{len(words)}i", *words)

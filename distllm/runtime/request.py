@@ -1,0 +1,83 @@
+"""Request: one sequence being generated, with everything the scheduler knows of it. Plain Python on rank 0.
+
+A prompt with n > 1 becomes n Requests; the others fork from the first. Knows no text and no tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from distllm.runtime.plan import RowSampling
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """token_ids grows by results only; what is planned but not yet known is counted in num_pending.
+
+    token_ids:   |<-- prompt -->|<-- generated, known -->| num_pending sampled, not yet known |
+                 |<-- num_computed_tokens (planned) -->|
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int  # generated tokens at most; prompt + max_tokens ≤ max_model_len was checked
+    sampling: RowSampling
+    stop_token_ids: frozenset[int] = frozenset()  # end generation when sampled (eos included unless ignored)
+    priority: int = 0  # smaller runs first
+    fork_from: Request | None = None  # share this one's prompt blocks once they are computed
+    index: int = 0  # among the n samples of one prompt
+
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str | None = None  # "stop", "length" or "abort"
+    stop_reason: int | str | None = None  # the stop token id or string that ended it; None for eos
+    token_ids: list[int] = field(default_factory=list)  # prompt, then generated
+    num_computed_tokens: int = 0  # planned: KV written by the end of the last planned step
+    num_pending: int = 0  # sampled in planned steps whose results have not come
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache or a fork, at first admission
+    slot: int = -1
+    block_ids: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(
+        default_factory=list
+    )  # of the full blocks of token_ids, as far as hashed
+    num_registered_blocks: int = 0  # leading block_ids that the prefix cache knows
+    ready_step: int = 0  # first step in which the newest sampled token is on the first stage
+    arrival: int = -1  # set by the scheduler: order of add()
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[len(self.prompt_token_ids) :]
+
+    @property
+    def num_planned_tokens(self) -> int:
+        """Tokens that exist, known or pending."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose KV is not planned yet; 1 while decoding."""
+        return self.num_planned_tokens - self.num_computed_tokens
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether one more sampled token could be kept: finish by length is foreseen by counting."""
+        return self.num_planned_tokens < self.num_prompt_tokens + self.max_tokens
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: priority, then arrival. Unique among the requests of one scheduler."""
+        return self.priority, self.arrival

@@ -1,0 +1,88 @@
+"""Sampler: logits of the last stage to token ids and log-probabilities, by the parameters in the slot tables.
+
+Runs on every tensor-parallel rank of the last stage with the same logits, so all of them hold the same ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from distllm.kernels import sample_tokens, token_logprobs
+from distllm.runtime.plan import RowSampling
+from distllm.runtime.slots import SlotTables
+from distllm.runtime.staging import to_device
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The tokens of one step, in the order of plan.sampled_slots; on the device until rank 0 reads them."""
+
+    token_ids: torch.Tensor  # [n] int64
+    logprobs: torch.Tensor | None = None  # [n, 2 + num_top] fp32: the token's, its rank, the best ones'
+    top_ids: torch.Tensor | None = None  # [n, num_top] int64
+
+    @staticmethod
+    def empty(num_rows: int, num_top: int, device: torch.device) -> Sampled:
+        """Room to receive num_rows results; num_top is −1 where no row asks for log-probabilities."""
+        token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
+        if num_top < 0:
+            return Sampled(token_ids)
+        return Sampled(
+            token_ids,
+            torch.empty(num_rows, 2 + num_top, dtype=torch.float32, device=device),
+            torch.empty(num_rows, num_top, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What travels from the last stage to rank 0, in order. Empty tensors do not travel."""
+        return [t for t in (self.token_ids, self.logprobs, self.top_ids) if t is not None and t.numel()]
+
+
+def sample(logits: torch.Tensor, slots: list[int], positions: torch.Tensor, tables: SlotTables) -> Sampled:
+    """One token for each row of logits [n, vocab] fp32; positions [n] int64 are those of the new tokens."""
+    rows = [tables.sampling[slot] for slot in slots]
+    index = to_device(slots, torch.int64, logits.device)
+    allowed = forbid_early_stop(logits, rows, positions - tables.num_prompt[index])
+    if all(row.temperature == 0 for row in rows):
+        token_ids = allowed.argmax(-1)
+    else:
+        token_ids = sample_tokens(
+            allowed,
+            positions=positions,
+            **{name: column[index] for name, column in tables.columns.items()},
+            truncates=any(row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in rows),
+        )
+    return _with_logprobs(logits, token_ids, num_top_logprobs(rows))
+
+
+def num_top_logprobs(rows: list[RowSampling]) -> int:
+    """The most that any row asks for; −1 if none does. The same on every rank."""
+    return max((row.num_logprobs for row in rows), default=-1)
+
+
+def forbid_early_stop(
+    logits: torch.Tensor, rows: list[RowSampling], num_generated: torch.Tensor
+) -> torch.Tensor:
+    """logits with the stop tokens of rows that have fewer than min_tokens set to −inf; the input is kept."""
+    stops = [
+        (i, t, row.min_tokens) for i, row in enumerate(rows) if row.min_tokens > 0 for t in row.stop_token_ids
+    ]
+    if not stops:
+        return logits
+    index, token_ids, min_tokens = (
+        to_device(part, torch.int64, logits.device) for part in zip(*stops, strict=True)
+    )
+    logits = logits.clone()
+    early = num_generated[index] < min_tokens
+    logits[index, token_ids] = torch.where(early, -torch.inf, logits[index, token_ids])
+    return logits
+
+
+def _with_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Sampled:
+    if num_top < 0:
+        return Sampled(token_ids)
+    chosen, rank, top_ids, top_logprobs = token_logprobs(logits, token_ids, num_top)
+    return Sampled(token_ids, torch.cat([chosen[:, None], rank[:, None].float(), top_logprobs], 1), top_ids)

@@ -1,0 +1,116 @@
+"""SamplingParams: how one prompt is to be continued. Field names and meanings as in vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from reprlib import repr as shorten
+
+from distllm.errors import RequestError
+
+MAX_N = 64
+MAX_TEMPERATURE = 100.0
+MAX_INT = 2**31 - 1  # what the slot tables hold
+MAX_LOGPROBS = 20
+MAX_STOPS = 64
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 64
+
+
+def _check_float(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"{name} is {shorten(value)}; it must be a number")
+    if not low <= value <= high:  # true of NaN too
+        raise RequestError(f"{name} is {shorten(value)}; it must be between {low} and {high}")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} is {shorten(value)}; it must be an integer")
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {shorten(value)}; it must be between {low} and {high}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {shorten(value)}; it must be True or False")
+
+
+def _check_list(name: str, value: object, max_length: int) -> None:
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"{name} is {shorten(value)}; it must be a list")
+    if len(value) > max_length:
+        raise RequestError(f"{name} has {len(value)} entries; at most {max_length} are allowed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Checked when made; raises RequestError with the field, the value and the limit."""
+
+    n: int = 1  # sequences per prompt, sharing the prompt's KV blocks
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 or -1: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None  # None: drawn from the engine's seed
+    max_tokens: int | None = 16  # None: until max_model_len
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None  # k best at each position, and the sampled token's
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        _check_int("n", self.n, 1, MAX_N)
+        _check_float("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        _check_int("top_k", self.top_k, -1, MAX_INT)
+        _check_float("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise RequestError("top_p is 0; it must be above 0 and at most 1 (for greedy, set temperature=0)")
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
+            _check_bool(name, getattr(self, name))
+        self._check_lengths()
+        self._check_stops()
+
+    def _check_lengths(self) -> None:
+        _check_int("min_tokens", self.min_tokens, 0, MAX_INT)
+        if self.max_tokens is None:
+            return
+        _check_int("max_tokens", self.max_tokens, 1, MAX_INT)
+        if self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}; it must be at most max_tokens, {self.max_tokens}"
+            )
+
+    def _check_stops(self) -> None:
+        if self.stop_token_ids is not None:
+            _check_list("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+            for index, token_id in enumerate(self.stop_token_ids):
+                _check_int(f"stop_token_ids[{index}]", token_id, 0, MAX_INT)
+        if self.stop is not None and not isinstance(self.stop, str):
+            _check_list("stop", self.stop, MAX_STOPS)
+        for index, text in enumerate(self.stop_strings):
+            self._check_stop_string(f"stop[{index}]", text)
+        if self.stop_strings and not self.detokenize:
+            raise RequestError("stop needs detokenize=True; it is False: set it or use stop_token_ids")
+
+    @staticmethod
+    def _check_stop_string(name: str, text: object) -> None:
+        if not isinstance(text, str):
+            raise RequestError(f"{name} is {shorten(text)}; it must be a string")
+        if not 1 <= len(text) <= MAX_STOP_CHARS:
+            raise RequestError(f"{name} has {len(text)} characters; it must have 1 to {MAX_STOP_CHARS}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

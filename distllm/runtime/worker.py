@@ -1,0 +1,25 @@
+"""The loop of every rank but 0: take the next message from control, run it, until the work is done."""
+
+from __future__ import annotations
+
+from distllm.comm.base import Control
+from distllm.comm.fatal import set_step
+from distllm.errors import RequestError
+from distllm.runtime.model_runner import ModelRunner
+from distllm.runtime.plan_codec import End, Error, decode_message
+
+
+def run_worker(control: Control, runner: ModelRunner) -> None:
+    """Run rank 0's plans until it says that the work is done; waiting for the next one costs no core.
+
+    Collective: every rank but 0, while rank 0 is in Coordinator. Raises RequestError with rank 0's text if it
+    refused the work.
+    """
+    while True:
+        message = decode_message(control.bcast(None, idle=True))
+        if isinstance(message, End):
+            return
+        if isinstance(message, Error):
+            raise RequestError(message.text)
+        set_step(message.step)
+        runner.run(message)
