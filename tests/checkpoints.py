@@ -1,0 +1,49 @@
+"""Small random checkpoints in the real Hugging Face layout, made with transformers, which is also the
+oracle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def make_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Any:
+    """Save a LlamaForCausalLM with every parameter randomised (gains and biases too); return it, fp32,
+    eval.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    options: dict[str, Any] = {
+        "vocab_size": 131,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**(options | overrides))).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Wide enough that logits spread and greedy choices are no ties; norm gains stay around 1.
+            parameter.normal_(1.0, 0.2) if "norm" in name else parameter.normal_(0.0, 0.15)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def greedy_reference(model: Any, prompt: list[int], num_tokens: int, eos: int | None = None) -> list[int]:
+    """Greedy continuation by transformers, without padding and without a cache."""
+    ids = list(prompt)
+    for _ in range(num_tokens):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == eos:
+            break
+    return ids[len(prompt) :]

@@ -1,0 +1,111 @@
+"""Plans survive the wire unchanged; damaged messages are refused; a steady step is small."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distllm.errors import DistllmError
+from distllm.runtime.plan import BlockUpdate, RowInit, RowSampling, ScheduledRow, StepPlan
+from distllm.runtime.plan_codec import End, Error, decode_message, encode, encode_end, encode_error
+
+ids = st.integers(0, 2**31 - 1)
+tuples_of_ids = st.lists(ids, max_size=9).map(tuple)
+floats = st.floats(allow_nan=False)
+samplings = st.builds(
+    RowSampling,
+    temperature=floats,
+    top_k=ids,
+    top_p=floats,
+    min_p=floats,
+    seed=st.integers(-(2**63), 2**63 - 1),
+    num_logprobs=st.integers(-1, 20),
+    min_tokens=ids,
+    stop_token_ids=tuples_of_ids,
+)
+plans = st.builds(
+    StepPlan,
+    step=st.integers(0, 2**62),
+    rows=st.lists(st.builds(ScheduledRow, slot=ids, num_tokens=st.integers(1, 3), samples=st.booleans())),
+    new_rows=st.lists(st.builds(RowInit, ids, tuples_of_ids, ids, ids, samplings), max_size=4),
+    block_updates=st.lists(st.builds(BlockUpdate, ids, ids, tuples_of_ids), max_size=4),
+    block_copies=st.lists(st.tuples(ids, ids), max_size=4),
+)
+
+
+@settings(derandomize=True, database=None, deadline=None)
+@given(plans)
+def test_round_trip(plan: StepPlan) -> None:
+    message = encode(plan)
+    assert message.dtype == np.int32 and message.ndim == 1
+    assert decode_message(message) == plan
+
+
+@settings(derandomize=True, database=None, deadline=None)
+@given(st.text())
+def test_round_trip_of_errors(text: str) -> None:
+    assert decode_message(encode_error(text)) == Error(text)
+
+
+def test_round_trip_of_end() -> None:
+    assert decode_message(encode_end()) == End()
+
+
+def decode_rows(slots: range) -> list[ScheduledRow]:
+    return [ScheduledRow(slot, 1, True) for slot in slots]
+
+
+@pytest.mark.parametrize("count", [1, 256, 4096])
+def test_steady_decode_costs_48_bytes(count: int) -> None:
+    assert encode(StepPlan(10**12, decode_rows(range(count)))).nbytes == 48
+
+
+def test_a_gap_in_the_slots_costs_8_bytes_and_a_new_block_16() -> None:
+    rows = decode_rows(range(100)) + decode_rows(range(120, 256))
+    updates = [BlockUpdate(slot, 7, (slot + 1,)) for slot in range(16)]
+    assert encode(StepPlan(1, rows)).nbytes == 48 + 8
+    assert encode(StepPlan(1, rows, block_updates=updates)).nbytes == 48 + 8 + 16 * 16
+
+
+def test_every_truncation_is_refused() -> None:
+    update, init = BlockUpdate(3, 0, (4, 5)), RowInit(3, (7, 8, 9), 3, 0, RowSampling(stop_token_ids=(1, 2)))
+    rows = [*decode_rows(range(4)), ScheduledRow(9, 5, False)]
+    message = encode(StepPlan(1, rows, [init], [update], [(1, 2)]))
+    for length in range(len(message)):
+        with pytest.raises(DistllmError, match="control message is damaged"):
+            decode_message(message[:length])
+        if length >= 3:  # even if the header agrees
+            cut = message[:length].copy()
+            cut[2] = length
+            with pytest.raises(DistllmError, match="words wanted at word"):
+                decode_message(cut)
+
+
+def test_left_over_words_are_refused() -> None:
+    message = np.append(encode_end(), np.int32(0))
+    message[2] += 1
+    with pytest.raises(DistllmError, match="1 words left over"):
+        decode_message(message)
+
+
+def test_another_format_is_refused_and_says_what_to_do() -> None:
+    message = encode_end()
+    message[0] += 1
+    with pytest.raises(DistllmError, match="every rank must run the same version of distllm"):
+        decode_message(message)
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    message = encode_end()
+    message[1] = 9
+    with pytest.raises(DistllmError, match="unknown kind 9"):
+        decode_message(message)
+
+
+def test_negative_counts_are_refused() -> None:
+    message = encode_error("abc")
+    message[3] = -8
+    with pytest.raises(DistllmError, match="-2 words wanted"):
+        decode_message(message)

@@ -1,0 +1,286 @@
+"""A state machine drives the scheduler against a simulated device, which knows only the plans.
+
+The device keeps slot rows and KV blocks as the real one does. The KV of a position is the prefix of tokens
+that it was computed from: a shared writable block, a missing copy, an early reuse or a wrong cache hit
+shows when a row reads its table. The next token is a function of prefix and seed, so that every output has
+a reference.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from distllm.errors import RequestError
+from distllm.runtime.plan import RowSampling, ScheduledRow, StepPlan, StepResult
+from distllm.runtime.plan_codec import decode_message, encode
+from distllm.runtime.request import Request
+from distllm.runtime.scheduler import AcceptedToken, Scheduler, SchedulerConfig
+
+VOCAB_SIZE = 6
+STOP_TOKEN = 0
+MIN_STEPS = 20_000
+BASES = (
+    [1, 2, 3, 4, 5] * 8,
+    [1, 2, 3, 4, 1] * 8,
+    [5, 4] * 20,
+)  # prompts are prefixes of these: they share a lot
+
+SEEN: Counter[str] = Counter()  # what the whole run met; a machine that never preempts proves nothing
+
+
+def next_token(prefix: tuple[int, ...], seed: int) -> int:
+    return zlib.crc32(bytes((seed % 251, *prefix))) % VOCAB_SIZE
+
+
+def reference_output(request: Request) -> list[int]:
+    """What the request generates alone, one token after the other."""
+    tokens = list(request.prompt_token_ids)
+    for _ in range(request.max_tokens):
+        tokens.append(next_token(tuple(tokens), request.sampling.seed))
+        if tokens[-1] in request.stop_token_ids:
+            break
+    return tokens[request.num_prompt_tokens :]
+
+
+@dataclass
+class Row:
+    seed: int
+    token_ids: dict[int, int]  # by position; a sampled token is missing until it arrives
+    num_computed: int
+    table: list[int] = field(default_factory=list)
+
+
+class Device:
+    """All ranks as one: runs plans in order; sampled tokens reach their rows `depth` steps later."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.rows: dict[int, Row] = {}
+        self.kv: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) → prefix
+        self.sampled: dict[int, list[tuple[Row, int, int, int]]] = {}  # step → (row, slot, position, token)
+
+    def run(self, plan: StepPlan) -> None:
+        self._receive(plan.step - self.config.depth)
+        self._apply(plan)
+        for row in plan.rows:
+            self._write(row)
+        for row in plan.rows:
+            self._check_reads(self.rows[row.slot], row)
+        self.sampled[plan.step] = [self._sample(row) for row in plan.rows if row.samples]
+        for row in plan.rows:
+            self.rows[row.slot].num_computed += row.num_tokens
+
+    def result(self, step: int) -> StepResult:
+        return StepResult(step, [token for *_, token in self.sampled.get(step, [])])
+
+    def _receive(self, step: int) -> None:
+        for row, slot, position, token in self.sampled.get(step, []):
+            assert self.rows[slot] is row, f"a token comes late to slot {slot}, which has a new owner"
+            row.token_ids[position] = token
+
+    def _apply(self, plan: StepPlan) -> None:
+        for init in plan.new_rows:
+            tokens = dict(enumerate(init.token_ids))
+            self.rows[init.slot] = Row(init.sampling.seed, tokens, init.num_computed_tokens)
+        for update in plan.block_updates:
+            assert update.start == len(self.rows[update.slot].table), "blocks are appended"
+            self.rows[update.slot].table += update.block_ids
+        for src, dst in plan.block_copies:
+            for offset in range(self.config.block_size):
+                self.kv[dst, offset] = self.kv.get((src, offset), ())
+
+    def _place(self, row: Row, position: int) -> tuple[int, int]:
+        index, offset = divmod(position, self.config.block_size)
+        return row.table[index], offset
+
+    def _write(self, scheduled: ScheduledRow) -> None:
+        row = self.rows[scheduled.slot]
+        for position in range(row.num_computed, row.num_computed + scheduled.num_tokens):
+            assert position in row.token_ids, f"slot {scheduled.slot} runs before its token is there"
+            prefix = tuple(row.token_ids[p] for p in range(position + 1))
+            self.kv[self._place(row, position)] = prefix
+
+    def _check_reads(self, row: Row, scheduled: ScheduledRow) -> None:
+        end = row.num_computed + scheduled.num_tokens
+        prefix = tuple(row.token_ids[p] for p in range(end))
+        for position in range(end):
+            place = self._place(row, position)
+            assert self.kv.get(place) == prefix[: position + 1], f"wrong KV in block, offset {place}"
+
+    def _sample(self, scheduled: ScheduledRow) -> tuple[Row, int, int, int]:
+        row = self.rows[scheduled.slot]
+        end = row.num_computed + scheduled.num_tokens
+        token = next_token(tuple(row.token_ids[p] for p in range(end)), row.seed)
+        return row, scheduled.slot, end, token
+
+
+@dataclass
+class Expectation:
+    """What the test knows of one request."""
+
+    request: Request
+    stop_after: int | None  # a stop string ends with this token
+    received: list[AcceptedToken] = field(default_factory=list)
+    aborted: bool = False
+
+    def check(self) -> None:
+        request, expected = self.request, reference_output(self.request)[: self.stop_after]
+        output = [token.token_id for token in self.received]
+        assert output == request.output_token_ids, "a token was lost or came twice"
+        assert request.finish_reason is not None, "a request was lost"
+        if self.aborted:
+            expected = expected[: len(output)]
+        assert output == expected, f"{output} instead of {expected}"
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        depth=st.sampled_from([1, 2, 4]),
+        block_size=st.integers(1, 4),
+        num_blocks=st.integers(6, 24),
+        max_num_seqs=st.integers(1, 6),
+        max_num_batched_tokens=st.integers(1, 24),
+        enable_prefix_caching=st.booleans(),
+    )
+    def start(self, **limits: int) -> None:
+        self.config = SchedulerConfig(max_model_len=40, **limits)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(self.config)
+        self.device = Device(self.config)
+        self.expected: dict[Request, Expectation] = {}
+
+    @rule(
+        base=st.sampled_from(BASES),
+        length=st.integers(1, 24),
+        max_tokens=st.integers(1, 14),
+        priority=st.integers(0, 2),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        stops=st.booleans(),
+        stop_after=st.none() | st.integers(1, 10),
+    )
+    def add(
+        self,
+        base: list[int],
+        length: int,
+        max_tokens: int,
+        priority: int,
+        n: int,
+        stops: bool,
+        stop_after: int | None,
+    ) -> None:
+        leader = None
+        for index in range(n):
+            request = Request(
+                request_id=f"{len(self.expected)}",
+                prompt_token_ids=tuple(base[:length]),
+                max_tokens=max_tokens,
+                sampling=RowSampling(temperature=1.0, seed=len(self.expected)),
+                stop_token_ids=frozenset([STOP_TOKEN] if stops else []),
+                priority=priority,
+                fork_from=leader,
+                index=index,
+            )
+            if not self._fits(request):
+                with pytest.raises(RequestError):
+                    self.scheduler.add(request)
+                return
+            self.scheduler.add(request)
+            self.expected[request] = Expectation(request, stop_after)
+            leader = leader or request
+
+    def _fits(self, request: Request) -> bool:
+        capacity = self.config.num_blocks * self.config.block_size
+        return request.num_prompt_tokens + request.max_tokens <= min(40, capacity + 1)
+
+    @rule(count=st.integers(1, 6))
+    def run_steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        expectation = data.draw(st.sampled_from(list(self.expected.values())))
+        expectation.aborted |= expectation.request.finish_reason is None
+        self.scheduler.abort(expectation.request)
+
+    def step(self) -> None:
+        preempted = {r for r in self.expected if r.status.value == "preempted"}
+        plan = self.scheduler.schedule()
+        self._check_limits(plan)
+        for r in self.expected:
+            assert r.num_planned_tokens <= r.num_prompt_tokens + r.max_tokens, "a token that cannot be kept"
+        SEEN["steps"] += bool(plan.rows)
+        SEEN["idle"] += not plan.rows
+        SEEN["copies"] += len(plan.block_copies)
+        SEEN["cached"] += sum(init.num_computed_tokens > 0 for init in plan.new_rows)
+        SEEN["chunks"] += sum(not row.samples for row in plan.rows)
+        SEEN["preempted"] += sum(r.status.value == "preempted" and r not in preempted for r in self.expected)
+        self.device.run(decode_message(encode(plan)))  # type: ignore[arg-type]
+        for token in self.scheduler.update(self.device.result(plan.step - self.config.depth)):
+            self._receive(token)
+        self.scheduler.check_integrity()
+
+    def _check_limits(self, plan: StepPlan) -> None:
+        assert plan.num_tokens <= self.config.max_num_batched_tokens
+        slots = [row.slot for row in plan.rows]
+        assert len(set(slots)) == len(slots), "a slot runs twice"
+        assert all(0 <= slot < self.config.max_num_seqs for slot in slots)
+        assert all(row.num_tokens > 0 for row in plan.rows), "a row without tokens"
+        is_decode = [row.num_tokens == 1 and row.samples for row in plan.rows]
+        assert is_decode == sorted(is_decode, reverse=True), "decodes come first"
+        decodes = [row.slot for row, decode in zip(plan.rows, is_decode, strict=True) if decode]
+        assert decodes == sorted(decodes), "decodes are ordered by slot"
+
+    def _receive(self, token: AcceptedToken) -> None:
+        expectation = self.expected[token.request]
+        assert not any(earlier.finish_reason for earlier in expectation.received), "a token after the end"
+        assert not expectation.aborted, "a token after the abort"
+        expectation.received.append(token)
+        if len(expectation.received) == expectation.stop_after:
+            self.scheduler.finish(token.request, "stop", "text")
+
+    def teardown(self) -> None:
+        """Whatever came in ends, as it would have alone; then nothing is held."""
+        if not hasattr(self, "scheduler"):
+            return
+        deadline = self.scheduler.step + 40 * (self.config.depth + 1) * (len(self.expected) + 1)
+        while self.scheduler.has_unfinished or self.scheduler.has_outstanding:
+            self.step()
+            assert self.scheduler.step < deadline, "no end in sight"
+        for expectation in self.expected.values():
+            expectation.check()
+        assert self.scheduler._tables.blocks.num_used == 0
+        assert len(self.scheduler._free_slots) == self.config.max_num_seqs
+
+
+def test_scheduler_machine() -> None:
+    SEEN.clear()
+    run_state_machine_as_test(
+        SchedulerMachine,
+        settings=settings(
+            max_examples=450,
+            phases=[Phase.generate],  # add Phase.shrink to see a failure in few rules; it takes minutes
+            stateful_step_count=40,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    print(dict(SEEN))
+    assert SEEN["steps"] >= MIN_STEPS
+    for event in ("copies", "cached", "chunks", "preempted"):
+        assert SEEN[event] >= 200, f"only {SEEN[event]} {event}"
