@@ -1,0 +1,84 @@
+"""The options that several commands share, named as in vLLM. What the values go into checks their bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from distllm.config import DTYPES, EngineConfig
+from distllm.runtime.sampling_params import SamplingParams
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+tensor_parallel = click.option(
+    "-tp",
+    "--tensor-parallel-size",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Ranks that share each layer.",
+)
+pipeline_parallel = click.option(
+    "-pp", "--pipeline-parallel-size", type=int, default=1, show_default=True, help="Stages of layers."
+)
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="auto",
+    show_default=True,
+    help="Of weights and activations.",
+)
+
+
+def layout_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    return tensor_parallel(pipeline_parallel(command))
+
+
+def _option(name: str, default: Any, kind: Any, text: str) -> Decorator:
+    return click.option(name, type=kind, default=default, show_default=default is not None, help=text)
+
+
+def _apply(command: Callable[..., Any], options: list[Decorator]) -> Callable[..., Any]:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The fields of EngineConfig that a command line may set."""
+    return _apply(
+        command,
+        [
+            tensor_parallel,
+            pipeline_parallel,
+            dtype,
+            _option("--seed", EngineConfig.seed, int, "Of all random numbers; the same seed, the same text."),
+            _option("--max-model-len", None, int, "Prompt and generated tokens of one sequence."),
+            _option("--max-num-seqs", EngineConfig.max_num_seqs, int, "Sequences that run at the same time."),
+            _option(
+                "--max-num-batched-tokens", EngineConfig.max_num_batched_tokens, int, "Tokens of one step."
+            ),
+        ],
+    )
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The fields of SamplingParams that a command line may set."""
+    return _apply(
+        command,
+        [
+            _option("--max-tokens", 128, int, "Tokens to generate at most."),
+            _option("--temperature", SamplingParams.temperature, float, "0 is greedy."),
+            _option(
+                "--top-p", SamplingParams.top_p, float, "Sample from the likeliest with this probability."
+            ),
+            _option("--top-k", SamplingParams.top_k, int, "Sample from so many likeliest tokens; 0 is all."),
+            _option("--min-p", SamplingParams.min_p, float, "Drop tokens below this share of the likeliest."),
+            _option("--n", SamplingParams.n, int, "Continuations of each prompt."),
+            click.option("--stop", multiple=True, help="End before this text; repeat for several."),
+            click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token."),
+            _option("--logprobs", None, int, "Report so many likeliest tokens at each position."),
+        ],
+    )
