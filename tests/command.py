@@ -1,0 +1,38 @@
+"""The distllm command in a process of its own, as a user types it, on one rank."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests import launchers
+
+GREEDY = ("--temperature", "0", "--max-tokens", "5")
+
+
+def distllm(*args: object, prefix: Sequence[str] = (), **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [*prefix, sys.executable, "-m", "distllm", *map(str, args)]
+    defaults = {
+        "capture_output": True,
+        "text": True,
+        "timeout": 60,
+        "check": False,
+        "env": launchers.clean_environ(),
+    }
+    return subprocess.run(command, **(defaults | options))
+
+
+def check_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2, nothing on stdout, one line on stderr that says all of these words."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("distllm: error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+def generate_ids(model: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    return distllm("generate", model, *GREEDY, *args)
