@@ -21,28 +21,36 @@ class EngineConfig:
     seed: int = 0  # of the requests that bring none
     max_model_len: int | None = None  # prompt and generated tokens of one sequence
     max_num_seqs: int = 256  # sequences that run at the same time
-    max_num_batched_tokens: int = 2048  # of one step; longer prompts are computed in chunks
+    max_num_batched_tokens: int | None = None  # of one step; longer prompts are computed in chunks
     block_size: int = 16  # tokens per KV block
     enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None  # per rank
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, KV cache and the step itself
+    enforce_eager: bool = False  # no CUDA graphs: the slow, obvious path
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"block_size is {self.block_size}; it must be between 1 and {MAX_BLOCK_SIZE}")
-        for name in ("max_model_len", "kv_cache_memory_bytes"):
-            if getattr(self, name) is not None:
-                self._check_positive(name)
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
+        for name in ("max_model_len", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):
             self._check_positive(name)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
+            )
 
     def _check_positive(self, name: str) -> None:
-        if not 1 <= getattr(self, name) < 2**40:
-            raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        value = getattr(self, name)
+        if value is not None and not 1 <= value < 2**40:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
 
-    def resolve(self, max_position_embeddings: int) -> EngineConfig:
-        """Fill max_model_len from the model, or check it against the model's window."""
+    def resolve(self, max_position_embeddings: int, on_gpu: bool) -> EngineConfig:
+        """Fill in what depends on the model and the device, or check it against the model's window."""
+        if self.max_num_batched_tokens is None:
+            return replace(self, max_num_batched_tokens=8192 if on_gpu else 2048).resolve(
+                max_position_embeddings, on_gpu
+            )
         if self.max_model_len is None:
             return replace(self, max_model_len=max_position_embeddings)
         if self.max_model_len > max_position_embeddings:
@@ -51,6 +59,12 @@ class EngineConfig:
                 f"(max_position_embeddings) is {max_position_embeddings}"
             )
         return self
+
+    @property
+    def step_tokens(self) -> int:
+        """max_num_batched_tokens of a resolved config."""
+        assert self.max_num_batched_tokens is not None, "resolve() first"
+        return self.max_num_batched_tokens
 
     @property
     def context_len(self) -> int:

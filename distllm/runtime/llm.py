@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distllm.comm.agree import agree
+from distllm.comm.devices import select_device
 from distllm.comm.connect import open_channels, open_control
 from distllm.config import EngineConfig
 from distllm.engine import WeightSource, eos_token_ids, load_weights, open_source, resolve_model
@@ -156,29 +157,40 @@ class LLM:
         self.layout.check_world_size(control.size)
         source = agree(control, lambda: open_source(resolve_model(config.model)))
         check_layout(source.spec, self.layout)
-        self.config = config = config.resolve(source.spec.max_position_embeddings)
+        device = select_device(control)
+        self.config = config.resolve(source.spec.max_position_embeddings, device.type == "cuda")
         self._channels = open_channels(control, self.layout)
-        self._runner, num_blocks = self._load(source)
+        self._runner, num_blocks = self._load(source, device)
         agree(control, lambda: self._start_coordinator(source, num_blocks) if self.is_root else None)
 
-    def _load(self, source: WeightSource) -> tuple[ModelRunner, int]:
+    def _load(self, source: WeightSource, device: torch.device) -> tuple[ModelRunner, int]:
         control, config, spec = self._control, self.config, source.spec
-        device, dtype = torch.device("cpu"), resolve_dtype(config.dtype)
+        dtype = resolve_dtype(config.dtype, spec.dtype, device)
         shards = shard_table(spec, self.layout)
         weights = agree(control, lambda: load_weights(source, shards, dtype, device))
         decoder = Decoder(spec, self.layout, weights, self._channels.tp)
         block_bytes = math.prod(decoder.kv_cache_shape(1, config.block_size)) * dtype.itemsize
-        num_blocks = kv_block_count(config, block_bytes, control)
-        kv_cache = allocate_kv_cache(decoder.kv_cache_shape(num_blocks, config.block_size), dtype, device)
-        tables = SlotTables(config.max_num_seqs, config.context_len, config.block_size, device)
-        return ModelRunner(decoder, self.layout, self._channels, tables, kv_cache), num_blocks
+        num_blocks = kv_block_count(config, spec, block_bytes, control, device)
+        kv_shape = decoder.kv_cache_shape(num_blocks + 1, config.block_size)  # one for padding rows
+        kv_cache = allocate_kv_cache(kv_shape, dtype, device)
+        tables = SlotTables(
+            config.max_num_seqs,
+            config.context_len,
+            config.block_size,
+            padding_block=num_blocks,
+            device=device,
+        )
+        runner = ModelRunner(decoder, self.layout, self._channels, tables, kv_cache)
+        if device.type == "cuda" and not config.enforce_eager:
+            runner.capture(config.max_num_seqs)
+        return runner, num_blocks
 
     def _start_coordinator(self, source: WeightSource, num_blocks: int) -> None:
         config = self.config
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_batched_tokens=config.step_tokens,
                 max_model_len=config.context_len,
                 block_size=config.block_size,
                 num_blocks=num_blocks,
@@ -226,6 +238,11 @@ class LLM:
         self._in_use = False
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """ "auto" is float32: CPUs have no fast bf16, and in fp32 every layout gives the same tokens."""
-    return torch.float32 if name == "auto" else getattr(torch, name)
+def resolve_dtype(name: str, of_checkpoint: str, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's on a GPU. On a CPU it is float32: CPUs have no fast bf16, and in fp32 every
+    layout gives the same tokens.
+    """
+    if name == "auto":
+        name = of_checkpoint if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
