@@ -182,7 +182,7 @@ class LLM:
         )
         runner = ModelRunner(decoder, self.layout, self._channels, tables, kv_cache)
         if device.type == "cuda" and not config.enforce_eager:
-            runner.capture(config.max_num_seqs)
+            runner.capture(config.max_num_seqs, min(config.step_tokens, config.context_len))
         return runner, num_blocks
 
     def _start_coordinator(self, source: WeightSource, num_blocks: int) -> None:

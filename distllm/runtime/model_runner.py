@@ -18,7 +18,7 @@ from distllm.kernels import gather_batch
 from distllm.kernels.batch import TokenBatch
 from distllm.models.decoder import Decoder
 from distllm.parallel.layout import RankLayout
-from distllm.runtime.cuda_graphs import DecodeGraphs
+from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs
 from distllm.runtime.plan import StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.sampler import Sampled, num_top_logprobs, sample, sample_plain
 from distllm.runtime.slots import SlotTables
@@ -59,17 +59,25 @@ class ModelRunner:
         self._tables = tables
         self._kv_cache = kv_cache
         self._device = kv_cache.device
-        self._graphs: DecodeGraphs[_DecodeOutput] | None = None
+        self._decodes: DecodeGraphs[_DecodeOutput] | None = None
+        self._prompts: PromptGraphs[tuple[TokenBatch, torch.Tensor]] | None = None
         self._hidden_in: torch.Tensor | None = None  # where captured steps of later stages read
         self._in_flight: deque[_SampledRows] = deque()  # first stage, pp > 1: sampled, not received
         self._results: dict[int, tuple[_SampledRows, HostCopy]] = {}  # rank 0: received, not read
 
     @torch.inference_mode()
-    def capture(self, max_num_seqs: int) -> None:
-        """Capture the decode steps of up to max_num_seqs rows. Collective: every rank of the engine."""
-        hidden = self._kv_cache.new_empty(max_num_seqs, self._decoder.spec.hidden_size)
-        self._hidden_in = None if self._layout.is_first_stage else hidden
-        self._graphs = DecodeGraphs(self._decode, max_num_seqs, self._tables.padding_slot, self._device)
+    def capture(self, max_num_seqs: int, max_tokens: int) -> None:
+        """Capture decodes of up to max_num_seqs rows and prompt steps of up to max_tokens tokens.
+
+        Collective: every rank of the engine.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        padding_slot = self._tables.padding_slot
+        if not self._layout.is_first_stage:
+            rows = max(max_num_seqs, max_tokens)
+            self._hidden_in = self._kv_cache.new_empty(rows, self._decoder.spec.hidden_size)
+        self._prompts = PromptGraphs(self._prompt, max_tokens, padding_slot, pool, self._device)
+        self._decodes = DecodeGraphs(self._decode, max_num_seqs, padding_slot, pool, self._device)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> None:
@@ -99,16 +107,24 @@ class ModelRunner:
         return StepResult(step, token_ids.tolist(), [self._logprobs(*entry) for entry in entries])
 
     def _run_rows(self, plan: StepPlan) -> None:
-        if self._graphs is not None and plan.is_plain_decode(self._tables.sampling):
-            self._replay(plan, self._graphs)
-        else:
-            self._run_eagerly(plan)
-
-    def _run_eagerly(self, plan: StepPlan) -> None:
-        batch, hidden = self._forward(*self._row_tensors(plan), plan.num_tokens, self._receive_hidden(plan))
+        if self._decodes is not None and plan.is_plain_decode(self._tables.sampling):
+            self._replay_decode(plan, self._decodes)
+            return
+        batch, hidden = self._forward_rows(plan)
         self._send_hidden(hidden)
         if plan.sampled_slots:
             self._sample(plan, batch, hidden)
+
+    def _forward_rows(self, plan: StepPlan) -> tuple[TokenBatch, torch.Tensor]:
+        """The rows through this stage's layers; rows and tokens of a captured step are followed by padding."""
+        hidden = self._receive_hidden(plan)
+        if self._prompts is None or not self._prompts.fits(len(plan.rows), plan.num_tokens):
+            return self._forward(*self._row_tensors(plan), plan.num_tokens, hidden)
+        if hidden is not None and self._hidden_in is not None:
+            self._hidden_in[: plan.num_tokens] = hidden
+        batch, hidden = self._prompts.replay([(row.slot, row.num_tokens) for row in plan.rows])
+        # Sent on, it would be overwritten by the next replay while it is on its way.
+        return batch, hidden if self._layout.is_last_stage else hidden[: plan.num_tokens].clone()
 
     def _row_tensors(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
         slots = to_device([row.slot for row in plan.rows], torch.int64, self._device)
@@ -128,11 +144,17 @@ class ModelRunner:
             hidden = self._decoder.embed(tables.token_ids[token_slots, batch.positions])
         return batch, self._decoder.forward(hidden, batch, self._kv_cache)
 
+    def _prompt(
+        self, slots: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int
+    ) -> tuple[TokenBatch, torch.Tensor]:
+        """As _forward, with hidden states from where they do not move: what a graph captures."""
+        hidden = None if self._hidden_in is None else self._hidden_in[:num_tokens]
+        return self._forward(slots, cu_seqlens, num_tokens, hidden)
+
     def _decode(self, slots: torch.Tensor) -> _DecodeOutput:
         """One token of each slot, from the tables and back into them: what a graph captures."""
         cu_seqlens = torch.arange(len(slots) + 1, dtype=torch.int32, device=self._device)
-        hidden_in = None if self._hidden_in is None else self._hidden_in[: len(slots)]
-        batch, hidden = self._forward(slots, cu_seqlens, len(slots), hidden_in)
+        batch, hidden = self._prompt(slots, cu_seqlens, len(slots))
         positions = batch.seq_lens.long()
         if not self._layout.is_last_stage:
             return _DecodeOutput(positions, hidden)
@@ -141,7 +163,7 @@ class ModelRunner:
             self._tables.write_tokens(slots, positions, token_ids)
         return _DecodeOutput(positions, token_ids)
 
-    def _replay(self, plan: StepPlan, graphs: DecodeGraphs[_DecodeOutput]) -> None:
+    def _replay_decode(self, plan: StepPlan, graphs: DecodeGraphs[_DecodeOutput]) -> None:
         slots = plan.sampled_slots
         if self._hidden_in is not None:
             self._channels.pipe.recv(self._hidden_in[: len(slots)], self._layout.pp_rank - 1)

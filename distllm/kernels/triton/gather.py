@@ -65,8 +65,7 @@ def gather_batch(
         block_table=torch.empty(num_rows, width, dtype=torch.int32, device=slots.device),
     )
     token_slots = torch.empty_like(batch.positions)
-    # The longest row may have all tokens but one of each other row.
-    chunks = triton.cdiv(num_tokens - num_rows + 1, TOKENS)
+    chunks = triton.cdiv(num_tokens, TOKENS)  # one row may have all tokens
     _gather_kernel[(num_rows, chunks)](
         num_computed, block_table, slots, cu_seqlens_q, batch.positions, batch.slot_mapping, token_slots,
         batch.seq_lens, batch.block_table, width, block_size, TOKENS, num_warps=4,
