@@ -1,7 +1,7 @@
 """What every communicator must do, whatever carries the bytes: checks that all its ranks run together.
 
-Inputs follow from the rank, so that each rank can compute what the others hold. Sums are compared with numpy in
-fp64. A failed assertion on one rank ends the others through the failure rules that are under test elsewhere.
+Inputs follow from the rank, so that each rank can compute what the others hold. Sums are compared with numpy
+in fp64. A failed assertion on one rank ends the others through the failure rules, tested elsewhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_all_reduce(control: Control) -> None:
 
 
 def check_sum(x: torch.Tensor, parts: list[torch.Tensor]) -> None:
-    """x is the sum of parts: exactly for integers, within rounding for floats (fp32 adds, 16 bits round once)."""
+    """x is the sum of parts: exactly for integers, within rounding for floats (16 bits round once)."""
     exact = np.sum([part.double().numpy() for part in parts], axis=0)
     error = np.abs(x.double().numpy() - exact)
     if not x.is_floating_point():

@@ -36,5 +36,5 @@ def test_timeout() -> None:
     assert timeout_s({}) == 300
     assert timeout_s({"DISTLLM_TIMEOUT_S": "2.5"}) == 2.5
     for text in ("0", "-1", "soon", "nan", "inf", ""):
-        with pytest.raises(ConfigError, match="DISTLLM_TIMEOUT_S is '.*'; it must be a positive number"):
+        with pytest.raises(ConfigError, match=r"DISTLLM_TIMEOUT_S is '.*'; it must be a positive number"):
             timeout_s({"DISTLLM_TIMEOUT_S": text})
