@@ -61,7 +61,7 @@ class BlockManager:
         return num_new + revived <= len(self._unused)
 
     def take(self) -> int:
-        """A new block, writable: the first of the queue, forgotten by the cache. can_allocate(1) must hold."""
+        """A writable block: the first of the queue, forgotten by the cache. can_allocate(1) must hold."""
         block, _ = self._unused.popitem(last=False)
         self._ref_counts[block] = 1
         digest = self._digest_of.pop(block, None)

@@ -72,6 +72,7 @@ class BlockTables:
         requests = list(running)
         self.blocks.check_integrity(request.block_ids for request in requests)
         for request in requests:
+            assert request.capacity == len(request.block_ids) * self.blocks.block_size, "capacity is stale"
             for block in request.block_ids[request.num_computed_tokens // self.blocks.block_size :]:
                 assert self.blocks.is_writable(block), f"block {block} is still written, yet shared"
 

@@ -15,7 +15,7 @@ from distllm.runtime.request import Request
 from distllm.runtime.sampling_params import SamplingParams
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sample:
     """One continuation: its text so far, and how much of it stream() has given out."""
 
@@ -52,8 +52,6 @@ class Generation:
     def add_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> str | None:
         """Take one more token of a sample into its text; return the stop string that it completes, if any."""
         sample = self._samples[request.index]
-        if request.finish_reason == "stop" and token_id in (self._params.stop_token_ids or ()):
-            request.stop_reason = token_id
         if logprobs is not None:
             sample.logprobs.append(self._logprob_dict(token_id, logprobs))
             sample.cumulative_logprob += logprobs.logprob
@@ -116,8 +114,15 @@ class Generation:
             cumulative_logprob=sample.cumulative_logprob if wants_logprobs else None,
             logprobs=sample.logprobs[from_token:] if wants_logprobs else None,
             finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
+            stop_reason=self._stop_reason(request),
         )
+
+    def _stop_reason(self, request: Request) -> int | str | None:
+        """The stop string or the user's stop token that ended the request; None for eos."""
+        if request.stop_reason is not None or request.finish_reason != "stop":
+            return request.stop_reason
+        last = request.token_ids[-1]
+        return last if last in (self._params.stop_token_ids or ()) else None
 
     def _request_output(self, outputs: list[CompletionOutput]) -> RequestOutput:
         first = self.requests[0]

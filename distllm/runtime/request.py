@@ -37,7 +37,7 @@ class Request:
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort"
-    stop_reason: int | str | None = None  # the stop token id or string that ended it; None for eos
+    stop_reason: int | str | None = None  # the stop string that ended it, if one did
     token_ids: list[int] = field(default_factory=list)  # prompt, then generated
     num_computed_tokens: int = 0  # planned: KV written by the end of the last planned step
     num_pending: int = 0  # sampled in planned steps whose results have not come
