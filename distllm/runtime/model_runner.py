@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -62,7 +61,7 @@ class ModelRunner:
         self._receive_tokens(plan.step - self._layout.pp_size)
         self._tables.apply(plan)
         self._copy_blocks(plan.block_copies)
-        if plan.rows:
+        if plan.num_rows:
             self._run_rows(plan)
 
     def result(self, step: int) -> StepResult:
@@ -88,9 +87,8 @@ class ModelRunner:
 
     def _gather(self, plan: StepPlan) -> tuple[TokenBatch, torch.Tensor]:
         tables = self._tables
-        slots = to_device([row.slot for row in plan.rows], torch.int64, self._device)
-        starts = [0, *accumulate(row.num_tokens for row in plan.rows)]
-        cu_seqlens = to_device(starts, torch.int32, self._device)
+        slots = to_device(plan.slots, torch.int64, self._device)
+        cu_seqlens = to_device(plan.cu_seqlens, torch.int32, self._device)
         batch, token_slots = gather_batch(
             tables.num_computed, tables.block_table, slots, cu_seqlens, plan.num_tokens, tables.block_size
         )
@@ -106,7 +104,7 @@ class ModelRunner:
     def _sample(self, plan: StepPlan, batch: TokenBatch, hidden: torch.Tensor) -> None:
         """Last stage: sample, and send the ids to the first. First stage: note that they will come."""
         slots = plan.sampled_slots
-        index = to_device([i for i, row in enumerate(plan.rows) if row.samples], torch.int64, self._device)
+        index = to_device(plan.sampled_rows, torch.int64, self._device)
         num_top = num_top_logprobs([self._tables.sampling[slot] for slot in slots])
         rows = _SampledRows(plan.step, slots, num_top, batch.seq_lens[index].long())
         if self._layout.is_last_stage:
