@@ -25,11 +25,17 @@ def distllm(*args: object, prefix: Sequence[str] = (), **options: Any) -> subpro
     return subprocess.run(command, **(defaults | options))
 
 
+def without_log(output: str) -> str:
+    """What was said, less what was logged (`[rank 0 host] INFO …`): launchers join stdout and stderr."""
+    return "".join(line for line in output.splitlines(keepends=True) if "] INFO " not in line)
+
+
 def check_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit code 2, nothing on stdout, one line on stderr that says all of these words."""
+    """Exit code 2, nothing on stdout, one line on stderr, beside the log, that says all of these words."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
-    assert done.stderr.startswith("distllm: error: ") and done.stderr.count("\n") == 1, done.stderr
+    said = without_log(done.stderr)
+    assert said.startswith("distllm: error: ") and said.count("\n") == 1, done.stderr
     for word in words:
         assert word in done.stderr, done.stderr
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distllm.cli.options import engine_options, sampling_options
+from distllm.cli.progress import show_progress
+from distllm.env import launcher_identity
 from distllm.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -57,7 +59,10 @@ def generate(
 
     from distllm.runtime.llm import LLM
 
-    with LLM(model, **options) as llm:
+    identity = launcher_identity()
+    with show_progress(f"loading {model}", identity.rank if identity else 0) as progress:
+        llm = LLM(model, progress=progress, **options)
+    with llm:
         if stream:
             print_stream(llm, asked, sampling, as_json)
         else:

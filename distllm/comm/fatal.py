@@ -21,9 +21,7 @@ from distllm.errors import UserError
 USER_ERROR_CODE = 2
 INTERRUPT_CODE = 130
 MEETING_S = 3.0  # a UserError that every rank finds is found within this time on all of them
-GRACE_S = (
-    1.0  # for the launcher to forward what ranks printed, or to act itself, before the job is pulled down
-)
+PRINT_S = 1.0  # for rank 0 to print: the first rank that exits makes the launcher kill the others
 
 _control: Control | None = None
 _step: int | None = None
@@ -56,8 +54,10 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Tracebac
         if isinstance(error, KeyboardInterrupt):
             _end_interrupted()
         _end_failed(error)
-    except Exception as second:
-        # The transport broke while we reported; atexit would wait for peers that never come.
+    except SystemExit:
+        raise
+    except BaseException as second:
+        # The transport broke while we reported, or a second Ctrl-C; atexit would wait for peers in vain.
         _print(traceback.format_exception(second))
         os._exit(1)
 
@@ -68,21 +68,21 @@ def _end_refused(error: UserError) -> NoReturn:
         if _launcher_rank() == 0:
             _print([f"distllm: error: {error}\n"])
         elif _launcher_size() > 1:
-            time.sleep(GRACE_S)  # the first exit makes the launcher kill rank 0, which must print
+            time.sleep(PRINT_S)
         sys.exit(USER_ERROR_CODE)
     texts = _control.last_words(str(error), MEETING_S)
     if texts is None:
         _print([f"{where()} distllm: error: {error}\n"])
-        _abort(_control, USER_ERROR_CODE)
+        _control.abort(USER_ERROR_CODE)
     if _control.rank == 0:
         _print([f"distllm: error: {text}\n" for text in dict.fromkeys(texts)])
     sys.exit(USER_ERROR_CODE)
 
 
 def _end_interrupted() -> NoReturn:
-    """Quietly: the launcher got the same Ctrl-C and ends the job by itself, as a rule."""
-    if _control is not None and _control.size > 1:
-        _abort(_control, INTERRUPT_CODE)
+    """Quietly. As a rule the launcher got the same Ctrl-C and ends the job during the grace of abort()."""
+    if _control is not None:
+        _control.abort(INTERRUPT_CODE)
     sys.exit(INTERRUPT_CODE)
 
 
@@ -91,14 +91,9 @@ def _end_failed(error: BaseException) -> NoReturn:
     lines = "".join(traceback.format_exception(error)).splitlines()
     prefix = f"{where()} " if _launcher_size() > 1 or (_control and _control.size > 1) else ""
     _print([f"{prefix}{line}\n" for line in lines])
-    if _control is not None and _control.size > 1:
-        _abort(_control, 1)
+    if _control is not None:
+        _control.abort(1)
     sys.exit(1)
-
-
-def _abort(control: Control, code: int) -> NoReturn:
-    time.sleep(GRACE_S)
-    control.abort(code)
 
 
 def _print(lines: list[str]) -> None:

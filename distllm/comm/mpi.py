@@ -1,8 +1,8 @@
 """Communicators over MPI: control for every job, and tensors where they live in host memory.
 
-The only importer of mpi4py. Buffer methods only (nothing is pickled), every call on the thread that called
-`connect`, every wait by `waiting`. Blocking calls (Split, Free) come behind a barrier that can time out.
-Tensors travel as bytes, since MPI has no bfloat16, and are summed here.
+The only importer of mpi4py. Every call on the thread that called `connect`, every wait through a Link.
+Blocking calls (Split, Free) come behind a barrier that can time out. Tensors travel as bytes, since MPI has
+no bfloat16, and are summed here.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import faulthandler
 import os
 import socket
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from distllm import env
+from distllm.comm import shared_memory
+from distllm.comm.mpi_link import Link, Outbox
 from distllm.comm.reduction import sum_in_rank_order
-from distllm.comm.shared_memory import unlink_attached
-from distllm.comm.waiting import wait_idle, wait_until
+from distllm.comm.waiting import wait_until
 from distllm.errors import CommError, CommTimeout, LaunchError
 
 if TYPE_CHECKING:
@@ -30,97 +31,18 @@ if TYPE_CHECKING:
 
 HEAD_LEN = 256  # int32 words of a broadcast's first message: the length, then data. Most step plans fit
 MAX_BCAST_LEN = 2**28  # words; more can only be a bug or a damaged length
+ABORT_GRACE_S = 1.0  # for the launcher to forward what was printed; MPICH's drops it, once told to abort
 ABORT_LIMIT_S = 5.0  # MPI_Abort and MPI_Finalize may hang when a peer is in trouble
 FINALIZE_LIMIT_S = 30.0  # takes seconds on a busy machine
 LEFT = -1  # in place of a length: rank 0 leaves the job without having closed it
 
 
-class _Link:
-    """One MPI communicator, and our way to call it: start, wait with a deadline, explain."""
-
-    def __init__(self, comm: Any, name: str, timeout_s: float) -> None:
-        self.comm = comm
-        self.name = name
-        self.timeout_s = timeout_s
-        self.rank: int = comm.Get_rank()
-        self.size: int = comm.Get_size()
-
-    def run(self, call: str, begin: Callable[[], Any], *, idle: bool = False) -> None:
-        """Start a non-blocking MPI call and wait for its request. Raises CommError, CommTimeout."""
-        request = self.start(call, begin)
-        self.wait(call, request.Test, idle=idle)
-
-    def start(self, call: str, begin: Callable[[], Any]) -> Any:
-        if self.comm is None:
-            raise CommError(f"{call} on the closed communicator {self.name}")
-        with self._explained(call):
-            return begin()
-
-    def wait(self, call: str, test: Callable[[], bool], *, idle: bool = False) -> None:
-        with self._explained(call):
-            if idle:
-                wait_idle(test)
-            else:
-                wait_until(test, self.describe(call), self.timeout_s)
-
-    @contextmanager
-    def _explained(self, call: str) -> Iterator[None]:
-        try:
-            yield
-        except _mpi().Exception as error:
-            raise CommError(f"{self.describe(call)}: {error}") from error
-
-    def describe(self, call: str) -> str:
-        return f"{call} on {self.name} (rank {self.rank} of {self.size}, {socket.gethostname()})"
-
-    def barrier(self, call: str = "barrier", *, idle: bool = False) -> None:
-        self.run(call, lambda: self.comm.Ibarrier(), idle=idle)
-
-    def all_gather_bytes(self, data: bytes) -> list[bytes]:
-        lengths = np.empty(self.size, dtype=np.int64)
-        mine = np.array([len(data)], dtype=np.int64)
-        self.run("all_gather_bytes", lambda: self.comm.Iallgather(mine, lengths))
-        joined = np.empty(int(lengths.sum()), dtype=np.uint8)
-        source = np.frombuffer(data, dtype=np.uint8)
-        self.run("all_gather_bytes", lambda: self.comm.Iallgatherv(source, [joined, lengths]))
-        return [part.tobytes() for part in np.split(joined, np.cumsum(lengths)[:-1])]
-
-    def free(self) -> None:
-        """Collective; a second call does nothing."""
-        if self.comm is not None:
-            self.barrier("close")
-            self.comm.Free()
-            self.comm = None
-
-
-class _Outbox:
-    """Sends under way on one communicator. A buffer lives until its send is complete; nobody waits."""
-
-    def __init__(self, link: _Link) -> None:
-        self._link = link
-        self._pending: deque[tuple[Any, np.ndarray]] = deque()
-
-    def send(self, buffer: np.ndarray, dst: int) -> None:
-        self.reap()
-        request = self._link.start(f"send to rank {dst}", lambda: self._link.comm.Isend(buffer, dst))
-        self._pending.append((request, buffer))
-
-    def reap(self) -> bool:
-        """Let go of the buffers whose sends are complete, oldest first. True when none is left."""
-        while self._pending and self._pending[0][0].Test():
-            self._pending.popleft()
-        return not self._pending
-
-    def flush(self) -> None:
-        self._link.wait("pending sends", self.reap)
-
-
 class MpiComm:
     """TensorComm on tensors in host memory."""
 
-    def __init__(self, link: _Link) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._outbox = _Outbox(link)
+        self._outbox = Outbox(link)
         self.rank = link.rank
         self.size = link.size
 
@@ -154,9 +76,10 @@ class MpiControl:
 
     def __init__(self, comm: Any, timeout_s: float) -> None:
         """Collective over comm, which stays the caller's."""
-        self._link = _Link(comm.Dup(), "control", timeout_s)
-        self._outbox = _Outbox(self._link)
-        self._exit = _Link(self._link.comm.Dup(), "exit", timeout_s)
+        self._link = Link(comm.Dup(), "control", timeout_s)
+        self._outbox = Outbox(self._link)
+        # For last_words, which may come after close(): so this one lives as long as MPI.
+        self._exit = Link(self._link.comm.Dup(), "exit", timeout_s)
         node = self._link.comm.Split_type(_mpi().COMM_TYPE_SHARED, key=self._link.rank)
         self.local_rank: int = node.Get_rank()
         self.local_size: int = node.Get_size()
@@ -202,9 +125,11 @@ class MpiControl:
 
     def split(self, color: int, key: int, name: str = "split") -> MpiComm:
         self._link.barrier(f"split {name}")
-        return MpiComm(_Link(self._link.comm.Split(color, key), name, self._link.timeout_s))
+        return MpiComm(Link(self._link.comm.Split(color, key), name, self._link.timeout_s))
 
     def last_words(self, text: str, grace_s: float) -> list[str] | None:
+        if self.size < _mpi().COMM_WORLD.Get_size():
+            return None  # ranks outside of this communicator will not come
         self._exit.timeout_s = grace_s
         try:
             return [words.decode() for words in self._exit.all_gather_bytes(text.encode())]
@@ -212,6 +137,7 @@ class MpiControl:
             return None
 
     def abort(self, code: int) -> NoReturn:
+        time.sleep(ABORT_GRACE_S)
         with _time_limit(ABORT_LIMIT_S):
             _mpi().COMM_WORLD.Abort(code)
         os._exit(code)  # under MPICH the call returns, before the launcher has acted
@@ -236,13 +162,15 @@ def connect(comm: Any = None, timeout_s: float = env.DEFAULT_TIMEOUT_S) -> MpiCo
     started_here = not mpi.Is_initialized()
     if started_here:
         mpi.Init_thread(mpi.THREAD_SERIALIZED)
+        atexit.register(_finalize)
+        if mpi.COMM_WORLD.Get_size() == 1:
+            shared_memory.unlink_attached(shared_memory.OPEN_MPI)
     if comm is None:
         check_world(env.launcher_identity(), mpi.COMM_WORLD.Get_size(), library_version())
     control = MpiControl(mpi.COMM_WORLD if comm is None else comm, timeout_s)
     if started_here:
         if control.local_rank == 0:
-            unlink_attached()
-        atexit.register(_finalize)
+            shared_memory.unlink_attached(shared_memory.MPICH)
         atexit.register(control.leave)
     return control
 
@@ -250,7 +178,7 @@ def connect(comm: Any = None, timeout_s: float = env.DEFAULT_TIMEOUT_S) -> MpiCo
 def _finalize() -> None:
     """Waits asleep for ranks that still work (MPI_Finalize would spin), then ends MPI within a time limit."""
     mpi = _mpi()
-    wait_idle(mpi.COMM_WORLD.Ibarrier().Test)
+    wait_until(mpi.COMM_WORLD.Ibarrier().Test, "MPI_Finalize", timeout_s=None)
     with _time_limit(FINALIZE_LIMIT_S):
         mpi.Finalize()
 

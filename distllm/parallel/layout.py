@@ -37,7 +37,8 @@ class RankLayout:
     @property
     def equation(self) -> str:
         dp = f" × dp {self.dp_size}" if self.dp_size > 1 else ""
-        return f"tp {self.tp_size} × pp {self.pp_size}{dp} = {self.world_size} ranks"
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        return f"tp {self.tp_size} × pp {self.pp_size}{dp} = {ranks}"
 
     @property
     def tp_rank(self) -> int:

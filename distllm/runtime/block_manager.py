@@ -60,9 +60,18 @@ class BlockManager:
         revived = sum(self._ref_counts[block] == 0 for block in shared)
         return num_new + revived <= len(self._unused)
 
+    def take(self) -> int:
+        """A writable block: the first of the queue, forgotten by the cache. can_allocate(1) must hold."""
+        block, _ = self._unused.popitem(last=False)
+        self._ref_counts[block] = 1
+        digest = self._digest_of.pop(block, None)
+        if digest is not None:
+            del self._block_of[digest]
+        return block
+
     def extend(self, block_ids: list[int], count: int) -> list[int]:
         """Append count new blocks, writable, to a table and return them. can_allocate(count) must hold."""
-        new = [self._take() for _ in range(count)]
+        new = [self.take() for _ in range(count)]
         block_ids += new
         return new
 
@@ -87,7 +96,7 @@ class BlockManager:
         src = block_ids[index]
         if self.is_writable(src):
             return None
-        block_ids[index] = dst = self._take()
+        block_ids[index] = dst = self.take()
         self.free([src])
         return src, dst
 
@@ -124,12 +133,3 @@ class BlockManager:
         assert self._block_of == {digest: block for block, digest in self._digest_of.items()}, (
             "cache disagrees"
         )
-
-    def _take(self) -> int:
-        """The first block of the queue, forgotten by the cache, with one reference."""
-        block, _ = self._unused.popitem(last=False)
-        self._ref_counts[block] = 1
-        digest = self._digest_of.pop(block, None)
-        if digest is not None:
-            del self._block_of[digest]
-        return block

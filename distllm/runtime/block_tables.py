@@ -12,7 +12,8 @@ from distllm.runtime.request import Request, RequestStatus
 
 
 class BlockTables:
-    """Keeps request.block_ids, block_digests, num_registered_blocks and, on entry, num_computed_tokens."""
+    """Keeps request.block_ids, capacity, block_digests, num_registered_blocks and, where a request comes or
+    goes, num_computed_tokens."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
@@ -30,29 +31,33 @@ class BlockTables:
         request.block_ids = self.blocks.fork(prefix, num_cached)
         copy = self.blocks.make_writable(request.block_ids, len(prefix) - 1) if shares_partial else None
         self.blocks.extend(request.block_ids, num_new)
+        request.capacity = len(request.block_ids) * self.blocks.block_size
         request.num_computed_tokens = num_cached
         request.num_registered_blocks = num_cached // self.blocks.block_size
         return [copy] if copy else []
 
-    def lacks_block(self, request: Request) -> bool:
-        """Whether the request's next token needs a new block."""
-        return request.num_computed_tokens == len(request.block_ids) * self.blocks.block_size
+    def has_room(self, num_blocks: int) -> bool:
+        return self.blocks.can_allocate(num_blocks)
 
-    def try_append(self, request: Request) -> bool:
-        """Append one block, if one is left."""
-        if not self.blocks.can_allocate(1):
-            return False
-        self.blocks.extend(request.block_ids, 1)
-        return True
+    def append(self, request: Request) -> int:
+        """Append one block and return it; has_room(1) must hold. Those before it are full: the prefix cache
+        may know them."""
+        self.register(request)
+        block = self.blocks.take()
+        request.block_ids.append(block)
+        request.capacity += self.blocks.block_size
+        return block
 
     def close(self, request: Request) -> None:
         """Give the blocks back. At once: steps run in order, so the next owner writes after the last read."""
+        self.register(request)
         self.blocks.free(request.block_ids)
         request.block_ids = []
-        request.num_computed_tokens = 0
+        request.capacity = request.num_computed_tokens = 0
 
     def register(self, request: Request) -> None:
-        """Offer the prefix cache the blocks whose tokens are all known and planned."""
+        """Offer the prefix cache the blocks whose tokens are all known and planned. To be called when more of
+        a prompt is planned; append and close see to what is generated."""
         num_known = min(request.num_computed_tokens, len(request.token_ids))
         num_full = num_known // self.blocks.block_size
         if not self.blocks.enable_prefix_caching or num_full <= request.num_registered_blocks:
@@ -67,6 +72,7 @@ class BlockTables:
         requests = list(running)
         self.blocks.check_integrity(request.block_ids for request in requests)
         for request in requests:
+            assert request.capacity == len(request.block_ids) * self.blocks.block_size, "capacity is stale"
             for block in request.block_ids[request.num_computed_tokens // self.blocks.block_size :]:
                 assert self.blocks.is_writable(block), f"block {block} is still written, yet shared"
 

@@ -16,7 +16,7 @@ from distllm.runtime.generation import Generation
 from distllm.runtime.model_runner import ModelRunner
 from distllm.runtime.plan_codec import encode, encode_end, encode_error
 from distllm.runtime.request import Request
-from distllm.runtime.scheduler import Scheduler
+from distllm.runtime.scheduler import AcceptedToken, Scheduler
 
 
 class Coordinator:
@@ -70,11 +70,15 @@ class Coordinator:
         set_step(plan.step)
         self._control.bcast(encode(plan))
         self._runner.run(plan)
+        tokens = self._scheduler.update(self._runner.result(plan.step - self._pp_size))
+        return self._deliver(tokens, owner)
+
+    def _deliver(self, tokens: list[AcceptedToken], owner: dict[Request, Generation]) -> list[Generation]:
         changed: dict[Generation, None] = {}
-        for update in self._scheduler.update(self._runner.result(plan.step - self._pp_size)):
-            generation = owner[update.request]
-            stop = generation.add_token(update.request, update.token_id, update.logprobs)
+        for request, token_id, logprobs in tokens:
+            generation = owner[request]
+            stop = generation.add_token(request, token_id, logprobs)
             if stop is not None:
-                self._scheduler.finish(update.request, "stop", stop)
+                self._scheduler.finish(request, "stop", stop)
             changed[generation] = None
         return list(changed)

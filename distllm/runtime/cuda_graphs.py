@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Generic, TypeVar
 
 import torch
@@ -120,25 +119,23 @@ class PromptGraphs(Generic[Output]):
         self._sizes = [size for size in PROMPT_TOKENS if size <= max_tokens]
         self._captured: dict[int, _Captured[Output]] = {}
         for size in reversed(self._sizes):
-            self._load([], size)
+            self._load([], [0], size)
             self._captured[size] = _capture(lambda size=size: step(self._slots, self._cu_seqlens, size), pool)
 
     def fits(self, num_rows: int, num_tokens: int) -> bool:
         return num_rows <= PROMPT_ROWS and bool(self._sizes) and num_tokens <= self._sizes[-1]
 
-    def replay(self, rows: Sequence[tuple[int, int]]) -> Output:
-        """Run (slot, number of tokens) rows that fit. The output's first rows and tokens are theirs."""
-        num_tokens = sum(count for _, count in rows)
-        size = self._sizes[bisect_left(self._sizes, num_tokens)]
-        self._load(rows, size)
+    def replay(self, slots: Sequence[int], cu_seqlens: Sequence[int]) -> Output:
+        """Run rows that fit; cu_seqlens[-1] tokens in all. The output's first rows and tokens are theirs."""
+        size = self._sizes[bisect_left(self._sizes, cu_seqlens[-1])]
+        self._load(slots, cu_seqlens, size)
         captured = self._captured[size]
         captured.graph.replay()
         return captured.output
 
-    def _load(self, rows: Sequence[tuple[int, int]], size: int) -> None:
-        idle = PROMPT_ROWS + 1 - len(rows)
-        slots = [slot for slot, _ in rows] + [self._padding_slot] * idle
-        ends = list(accumulate((count for _, count in rows), initial=0))
-        ends += ends[-1:] * (idle - 1) + [size]
-        self._slots.copy_(to_device(slots, torch.int64, self._slots.device))
+    def _load(self, slots: Sequence[int], cu_seqlens: Sequence[int], size: int) -> None:
+        idle = PROMPT_ROWS + 1 - len(slots)
+        ends = [*cu_seqlens, *[cu_seqlens[-1]] * (idle - 1), size]
+        filled = [*slots, *[self._padding_slot] * idle]
+        self._slots.copy_(to_device(filled, torch.int64, self._slots.device))
         self._cu_seqlens.copy_(to_device(ends, torch.int32, self._slots.device))

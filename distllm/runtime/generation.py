@@ -15,7 +15,7 @@ from distllm.runtime.request import Request
 from distllm.runtime.sampling_params import SamplingParams
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sample:
     """One continuation: its text so far, and how much of it stream() has given out."""
 
@@ -52,15 +52,15 @@ class Generation:
     def add_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> str | None:
         """Take one more token of a sample into its text; return the stop string that it completes, if any."""
         sample = self._samples[request.index]
-        if request.finish_reason == "stop" and token_id in (self._params.stop_token_ids or ()):
-            request.stop_reason = token_id
         if logprobs is not None:
             sample.logprobs.append(self._logprob_dict(token_id, logprobs))
             sample.cumulative_logprob += logprobs.logprob
-        num_new = self._grow_text(sample, token_id)
-        if len(request.output_token_ids) < self._params.min_tokens:
+        if sample.detokenizer is None:
             return None
-        found = self._stops.find(sample.text, num_new) if num_new else None
+        num_new = self._grow_text(sample, sample.detokenizer, token_id)
+        if num_new == 0 or request.num_output_tokens < self._params.min_tokens:
+            return None
+        found = self._stops.find(sample.text, num_new)
         if found is None:
             return None
         stop, length = found
@@ -85,16 +85,14 @@ class Generation:
             return None
         return Detokenizer(self._tokenizer, request.prompt_token_ids, self._params.skip_special_tokens)
 
-    def _grow_text(self, sample: _Sample, token_id: int) -> int:
+    def _grow_text(self, sample: _Sample, detokenizer: Detokenizer, token_id: int) -> int:
         """Append the token's text; return by how many characters. A stop token has none, unless it is
         wanted.
         """
-        if sample.detokenizer is None:
-            return 0
         reason = sample.request.finish_reason
-        text = "" if reason == "stop" and not self._keeps_stop else sample.detokenizer.add(token_id)
+        text = "" if reason == "stop" and not self._keeps_stop else detokenizer.add(token_id)
         if reason is not None:
-            text += sample.detokenizer.flush()
+            text += detokenizer.flush()
         sample.text += text
         return len(text)
 
@@ -103,7 +101,7 @@ class Generation:
         return self._params.include_stop_str_in_output
 
     def _has_news(self, sample: _Sample) -> bool:
-        return sample.num_given_tokens < len(sample.request.output_token_ids)
+        return sample.num_given_tokens < sample.request.num_output_tokens
 
     def _completion(self, sample: _Sample, from_char: int, from_token: int) -> CompletionOutput:
         request = sample.request
@@ -112,12 +110,19 @@ class Generation:
         return CompletionOutput(
             index=request.index,
             text=sample.text[from_char:end],
-            token_ids=request.output_token_ids[from_token:],
+            token_ids=request.token_ids[request.num_prompt_tokens + from_token :],
             cumulative_logprob=sample.cumulative_logprob if wants_logprobs else None,
             logprobs=sample.logprobs[from_token:] if wants_logprobs else None,
             finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
+            stop_reason=self._stop_reason(request),
         )
+
+    def _stop_reason(self, request: Request) -> int | str | None:
+        """The stop string or the user's stop token that ended the request; None for eos."""
+        if request.stop_reason is not None or request.finish_reason != "stop":
+            return request.stop_reason
+        last = request.token_ids[-1]
+        return last if last in (self._params.stop_token_ids or ()) else None
 
     def _request_output(self, outputs: list[CompletionOutput]) -> RequestOutput:
         first = self.requests[0]

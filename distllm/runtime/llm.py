@@ -4,7 +4,9 @@ results.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from types import TracebackType
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
     from distllm.comm.base import Control
+    from distllm.engine.load import Progress
+
+logger = logging.getLogger(__name__)
 
 
 class LLM:
@@ -58,10 +63,11 @@ class LLM:
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         comm: Intracomm | Control | None = None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> None:
         """model: "demo", a Hugging Face folder or an engine folder. options: the other fields of
-        EngineConfig.
+        EngineConfig. progress: called with (bytes loaded, bytes in all) of this rank as weights are read.
 
         Raises UserError, the same on every rank, for whatever cannot work.
         """
@@ -72,6 +78,7 @@ class LLM:
             **options,
         )
         self._in_use = self._closed = False
+        self._progress = progress
         self._control = open_control(comm, tensor_parallel_size * pipeline_parallel_size)
         try:
             self._start()
@@ -150,11 +157,10 @@ class LLM:
         """Bring up this rank's part. Collective. What one rank alone can find wrong is raised on all of
         them.
         """
-        control, config = self._control, self.config
-        self.layout = RankLayout(
-            config.tensor_parallel_size, config.pipeline_parallel_size, rank=control.rank
-        )
-        self.layout.check_world_size(control.size)
+        started, control, config = time.perf_counter(), self._control, self.config
+        layout = RankLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
+        layout.check_world_size(control.size)
+        self.layout = layout.at(control.rank)
         source = agree(control, lambda: open_source(resolve_model(config.model)))
         check_layout(source.spec, self.layout)
         device = select_device(control)
@@ -162,12 +168,14 @@ class LLM:
         self._channels = open_channels(control, self.layout)
         self._runner, num_blocks = self._load(source, device)
         agree(control, lambda: self._start_coordinator(source, num_blocks) if self.is_root else None)
+        what = f"{source.path.name}: {layout.equation}, {num_blocks} KV blocks of {config.block_size} tokens"
+        logger.info("%s, ready in %.1f s", what, time.perf_counter() - started)
 
     def _load(self, source: WeightSource, device: torch.device) -> tuple[ModelRunner, int]:
         control, config, spec = self._control, self.config, source.spec
         dtype = resolve_dtype(config.dtype, spec.dtype, device)
         shards = shard_table(spec, self.layout)
-        weights = agree(control, lambda: load_weights(source, shards, dtype, device))
+        weights = agree(control, lambda: load_weights(source, shards, dtype, device, self._progress))
         decoder = Decoder(spec, self.layout, weights, self._channels.tp)
         block_bytes = math.prod(decoder.kv_cache_shape(1, config.block_size)) * dtype.itemsize
         num_blocks = kv_block_count(config, spec, block_bytes, control, device)

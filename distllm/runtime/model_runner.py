@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 
@@ -89,7 +88,7 @@ class ModelRunner:
         self._receive_tokens(plan.step - self._layout.pp_size)
         self._tables.apply(plan)
         self._copy_blocks(plan.block_copies)
-        if plan.rows:
+        if plan.num_rows:
             self._run_rows(plan)
 
     def result(self, step: int) -> StepResult:
@@ -118,18 +117,15 @@ class ModelRunner:
     def _forward_rows(self, plan: StepPlan) -> tuple[TokenBatch, torch.Tensor]:
         """The rows through this stage's layers; rows and tokens of a captured step are followed by padding."""
         hidden = self._receive_hidden(plan)
-        if self._prompts is None or not self._prompts.fits(len(plan.rows), plan.num_tokens):
-            return self._forward(*self._row_tensors(plan), plan.num_tokens, hidden)
+        if self._prompts is None or not self._prompts.fits(plan.num_rows, plan.num_tokens):
+            slots = to_device(plan.slots, torch.int64, self._device)
+            cu_seqlens = to_device(plan.cu_seqlens, torch.int32, self._device)
+            return self._forward(slots, cu_seqlens, plan.num_tokens, hidden)
         if hidden is not None and self._hidden_in is not None:
             self._hidden_in[: plan.num_tokens] = hidden
-        batch, hidden = self._prompts.replay([(row.slot, row.num_tokens) for row in plan.rows])
+        batch, hidden = self._prompts.replay(plan.slots, plan.cu_seqlens)
         # Sent on, it would be overwritten by the next replay while it is on its way.
         return batch, hidden if self._layout.is_last_stage else hidden[: plan.num_tokens].clone()
-
-    def _row_tensors(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        slots = to_device([row.slot for row in plan.rows], torch.int64, self._device)
-        starts = [0, *accumulate(row.num_tokens for row in plan.rows)]
-        return slots, to_device(starts, torch.int32, self._device)
 
     def _forward(
         self, slots: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, hidden: torch.Tensor | None
@@ -164,7 +160,7 @@ class ModelRunner:
         return _DecodeOutput(positions, token_ids)
 
     def _replay_decode(self, plan: StepPlan, graphs: DecodeGraphs[_DecodeOutput]) -> None:
-        slots = plan.sampled_slots
+        slots = plan.decode_slots
         if self._hidden_in is not None:
             self._channels.pipe.recv(self._hidden_in[: len(slots)], self._layout.pp_rank - 1)
         output = graphs.replay(slots)
@@ -191,7 +187,7 @@ class ModelRunner:
     def _sample(self, plan: StepPlan, batch: TokenBatch, hidden: torch.Tensor) -> None:
         """Last stage: sample, and send the ids to the first. First stage: note that they will come."""
         slots = plan.sampled_slots
-        index = to_device([i for i, row in enumerate(plan.rows) if row.samples], torch.int64, self._device)
+        index = to_device(plan.sampled_rows, torch.int64, self._device)
         num_top = num_top_logprobs([self._tables.sampling[slot] for slot in slots])
         rows = _SampledRows(plan.step, slots, num_top, batch.seq_lens[index].long())
         if not self._layout.is_last_stage:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class BlockUpdate:
 
 
 @dataclass(frozen=True)
-class ScheduledRow:
+class PrefillRow:
     """num_tokens of one slot run in this step, from its num_computed_tokens on. samples: the logits of the
     last one give the next token."""
 
@@ -70,28 +71,52 @@ class StepPlan:
     in each layer every row's KV is written before any row reads, so that a row may share blocks that another
     row fills in the same step.
 
-    rows: decodes (one token, samples) by ascending slot first, then the others in scheduling order. Empty
-    rows: no forward pass; the step exists so that results of earlier steps reach rank 0.
+    Batch order: decode_slots, then prefills. Without either there is no forward pass; the step exists so that
+    results of earlier steps reach rank 0.
     """
 
     step: int
-    rows: list[ScheduledRow] = field(default_factory=list)
+    decode_slots: list[int] = field(default_factory=list)  # ascending; one token each, and all sample
+    prefills: list[PrefillRow] = field(default_factory=list)  # in scheduling order
     new_rows: list[RowInit] = field(default_factory=list)
     block_updates: list[BlockUpdate] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (src, dst) block ids
 
     @property
+    def num_rows(self) -> int:
+        return len(self.decode_slots) + len(self.prefills)
+
+    @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
+        return len(self.decode_slots) + sum(row.num_tokens for row in self.prefills)
+
+    @property
+    def slots(self) -> list[int]:
+        """The slot of each row, in batch order."""
+        return self.decode_slots + [row.slot for row in self.prefills]
+
+    @property
+    def cu_seqlens(self) -> list[int]:
+        """Row i is tokens cu_seqlens[i] : cu_seqlens[i + 1] of the batch."""
+        num_decodes = len(self.decode_slots)
+        ends = accumulate((row.num_tokens for row in self.prefills), initial=num_decodes)
+        return [*range(num_decodes), *ends]
 
     def is_plain_decode(self, sampling: Sequence[RowSampling]) -> bool:
         """Whether every row is a decode that a captured step can sample. sampling: by slot."""
-        return all(row.num_tokens == 1 and row.samples and sampling[row.slot].is_plain for row in self.rows)
+        return not self.prefills and all(sampling[slot].is_plain for slot in self.decode_slots)
 
     @property
     def sampled_slots(self) -> list[int]:
         """Slots that yield a token in this step, in batch order."""
-        return [row.slot for row in self.rows if row.samples]
+        return self.decode_slots + [row.slot for row in self.prefills if row.samples]
+
+    @property
+    def sampled_rows(self) -> list[int]:
+        """Where in the batch the sampled slots stand."""
+        num_decodes = len(self.decode_slots)
+        sampling = [num_decodes + i for i, row in enumerate(self.prefills) if row.samples]
+        return [*range(num_decodes), *sampling]
 
 
 @dataclass(frozen=True)

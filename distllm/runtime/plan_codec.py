@@ -9,13 +9,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from distllm.errors import DistllmError
-from distllm.runtime.plan import BlockUpdate, RowInit, RowSampling, ScheduledRow, StepPlan
+from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, StepPlan
 
 Words = npt.NDArray[np.int32]
 
@@ -39,17 +39,16 @@ class Error:
 
 def encode(plan: StepPlan) -> Words:
     """The plan as one message. Inverse of decode_message."""
-    decodes, others = _split_decodes(plan.rows)
-    ranges = _slot_ranges([row.slot for row in decodes])
+    ranges = _slot_ranges(plan.decode_slots)
     words = [*_words(struct.pack("<q", plan.step)), len(plan.new_rows), len(plan.block_updates)]
-    words += [len(plan.block_copies), len(ranges), len(others)]
+    words += [len(plan.block_copies), len(ranges), len(plan.prefills)]
     for init in plan.new_rows:
         words += _encode_row_init(init)
     for update in plan.block_updates:
         words += [update.slot, update.start, len(update.block_ids), *update.block_ids]
     for pair in (*plan.block_copies, *ranges):
         words += pair
-    for row in others:
+    for row in plan.prefills:
         words += [row.slot, row.num_tokens, int(row.samples)]
     return _message(_STEP, words)
 
@@ -114,14 +113,14 @@ class _Reader:
 
 def _decode_step(reader: _Reader) -> StepPlan:
     (step,) = struct.unpack("<q", _bytes(reader.take(2)))
-    num_new, num_updates, num_copies, num_ranges, num_others = reader.take(5)
+    num_new, num_updates, num_copies, num_ranges, num_prefills = reader.take(5)
     plan = StepPlan(step)
     plan.new_rows = [_decode_row_init(reader) for _ in range(num_new)]
     plan.block_updates = [_decode_block_update(reader) for _ in range(num_updates)]
     plan.block_copies = [_decode_pair(reader) for _ in range(num_copies)]
     for start, count in [_decode_pair(reader) for _ in range(num_ranges)]:
-        plan.rows += [ScheduledRow(slot, 1, True) for slot in range(start, start + count)]
-    plan.rows += [_decode_row(reader) for _ in range(num_others)]
+        plan.decode_slots += range(start, start + count)
+    plan.prefills = [_decode_prefill(reader) for _ in range(num_prefills)]
     return plan
 
 
@@ -176,26 +175,17 @@ def _decode_pair(reader: _Reader) -> tuple[int, int]:
     return first, second
 
 
-def _decode_row(reader: _Reader) -> ScheduledRow:
+def _decode_prefill(reader: _Reader) -> PrefillRow:
     slot, num_tokens, samples = reader.take(3)
-    return ScheduledRow(slot, num_tokens, bool(samples))
-
-
-def _split_decodes(rows: Sequence[ScheduledRow]) -> tuple[Sequence[ScheduledRow], Sequence[ScheduledRow]]:
-    """The leading rows that are decodes, and the rest. Order is kept: results come in batch order."""
-    decodes = list(takewhile(lambda row: row.num_tokens == 1 and row.samples, rows))
-    return decodes, rows[len(decodes) :]
+    return PrefillRow(slot, num_tokens, bool(samples))
 
 
 def _slot_ranges(slots: Sequence[int]) -> list[tuple[int, int]]:
     """(start, count) of each run of consecutive slots, in order."""
-    ranges: list[tuple[int, int]] = []
-    for slot in slots:
-        if ranges and slot == sum(ranges[-1]):
-            ranges[-1] = (ranges[-1][0], ranges[-1][1] + 1)
-        else:
-            ranges.append((slot, 1))
-    return ranges
+    if slots and slots[-1] - slots[0] == len(slots) - 1:  # they ascend: no gap, as in a steady batch
+        return [(slots[0], len(slots))]
+    starts = [i for i, slot in enumerate(slots) if i == 0 or slot != slots[i - 1] + 1]
+    return [(slots[i], j - i) for i, j in pairwise([*starts, len(slots)])]
 
 
 def _message(kind: int, body: list[int]) -> Words:

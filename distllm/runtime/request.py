@@ -18,7 +18,7 @@ class RequestStatus(Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """token_ids grows by results only; what is planned but not yet known is counted in num_pending.
 
@@ -37,22 +37,25 @@ class Request:
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort"
-    stop_reason: int | str | None = None  # the stop token id or string that ended it; None for eos
+    stop_reason: int | str | None = None  # the stop string that ended it, if one did
     token_ids: list[int] = field(default_factory=list)  # prompt, then generated
     num_computed_tokens: int = 0  # planned: KV written by the end of the last planned step
     num_pending: int = 0  # sampled in planned steps whose results have not come
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache or a fork, at first admission
     slot: int = -1
     block_ids: list[int] = field(default_factory=list)
+    capacity: int = 0  # tokens that block_ids have room for
     block_digests: list[bytes] = field(
         default_factory=list
     )  # of the full blocks of token_ids, as far as hashed
     num_registered_blocks: int = 0  # leading block_ids that the prefix cache knows
     ready_step: int = 0  # first step in which the newest sampled token is on the first stage
     arrival: int = -1  # set by the scheduler: order of add()
+    max_total_tokens: int = field(init=False)  # prompt and generated
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+        self.max_total_tokens = len(self.prompt_token_ids) + self.max_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -61,6 +64,10 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[len(self.prompt_token_ids) :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
     def num_planned_tokens(self) -> int:
@@ -75,7 +82,7 @@ class Request:
     @property
     def wants_tokens(self) -> bool:
         """Whether one more sampled token could be kept: finish by length is foreseen by counting."""
-        return self.num_planned_tokens < self.num_prompt_tokens + self.max_tokens
+        return self.num_planned_tokens < self.max_total_tokens
 
     @property
     def order(self) -> tuple[int, int]:

@@ -6,31 +6,19 @@ tokens may exist and be unknown (`num_pending`). Knows no tensor and no text. Ru
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from dataclasses import dataclass
-from operator import attrgetter
 
 from distllm.runtime.block_tables import BlockTables
-from distllm.runtime.plan import BlockUpdate, RowInit, ScheduledRow, StepPlan, StepResult, TokenLogprobs
+from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.request import Request, RequestStatus
+from distllm.runtime.running import BY_ORDER, BY_SLOT, Running
 from distllm.runtime.scheduler_config import SchedulerConfig
 
 __all__ = ["AcceptedToken", "Scheduler", "SchedulerConfig"]
 
 
-BY_ORDER = attrgetter("order")
-
-
-@dataclass(frozen=True)
-class AcceptedToken:
-    """One generated token, and how it ended its request, if it did."""
-
-    request: Request
-    token_id: int
-    logprobs: TokenLogprobs | None
-    finish_reason: str | None
+AcceptedToken = tuple[Request, int, TokenLogprobs | None]  # a plain tuple: hundreds are made in a step
 
 
 class Scheduler:
@@ -42,13 +30,12 @@ class Scheduler:
         self.step = 0  # the next to be planned
         self._num_arrivals = 0
         self._waiting: list[Request] = []  # by Request.order
-        self._running: dict[int, Request] = {}  # by slot
-        self._free_slots = list(range(config.max_num_seqs))  # a heap: low slots first keeps slot ranges whole
+        self._running = Running(config.max_num_seqs)
         self._outstanding: deque[tuple[int, list[Request]]] = deque()  # (step, who sampled, in batch order)
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._running.by_slot)
 
     @property
     def has_outstanding(self) -> bool:
@@ -87,27 +74,48 @@ class Scheduler:
         budget = self._schedule_decodes(plan, self.config.max_num_batched_tokens)
         budget = self._schedule_prefills(plan, budget)
         self._admit_waiting(plan, budget)
-        plan.rows.sort(key=_batch_order)
-        self._outstanding.append((plan.step, [self._running[slot] for slot in plan.sampled_slots]))
+        sampled = [self._running.by_slot[slot] for slot in plan.sampled_slots]
+        self._outstanding.append((plan.step, sampled))
         self.step += 1
         return plan
 
     def _schedule_decodes(self, plan: StepPlan, budget: int) -> int:
         """One token each, at most a depth-th of all decodes: the stages' microbatches stay balanced."""
-        decodes = [r for r in self._running.values() if r.num_uncomputed_tokens == 1 and r.wants_tokens]
+        decodes = self._running.decodes
         limit = min(budget, -(-len(decodes) // self.config.depth))
         ready = [request for request in decodes if request.ready_step <= self.step]
+        growing = [request for request in ready if request.num_computed_tokens == request.capacity]
+        if len(ready) > limit or not self._tables.has_room(len(growing)):
+            ready = self._choose_decodes(plan, ready, limit)
+        else:  # everybody runs, as nearly always: no need to ask who goes first
+            for request in growing:
+                self._grow(plan, request)
+        self._advance_decodes(plan, ready)
+        return budget - len(ready)
+
+    def _choose_decodes(self, plan: StepPlan, ready: list[Request], limit: int) -> list[Request]:
+        """Those that were ready first, then in order, as far as limit and blocks reach; by slot."""
+        chosen: set[Request] = set()
         for request in sorted(ready, key=lambda r: (r.ready_step, *r.order)):
-            if limit == 0:
+            if len(chosen) == limit:
                 break
-            if request.status is RequestStatus.RUNNING and self._try_grow(plan, request):
-                self._schedule_row(plan, request, 1)
-                budget, limit = budget - 1, limit - 1
-        return budget
+            if request.status is RequestStatus.RUNNING and self._try_grow(plan, request, chosen):
+                chosen.add(request)
+        return sorted(chosen, key=BY_SLOT)
+
+    def _advance_decodes(self, plan: StepPlan, requests: list[Request]) -> None:
+        """Run one token of each, by slot; the few that end by length with the one they sample leave."""
+        ready_step = self.step + self.config.depth
+        for request in requests:
+            request.num_computed_tokens += 1
+            request.num_pending += 1
+            request.ready_step = ready_step
+        plan.decode_slots += [request.slot for request in requests]
+        for request in [r for r in requests if r.num_computed_tokens + 1 == r.max_total_tokens]:
+            self._running.decodes.remove(request)
 
     def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
-        prefills = [request for request in self._running.values() if request.num_uncomputed_tokens > 1]
-        for request in sorted(prefills, key=BY_ORDER):
+        for request in list(self._running.prefills):
             if budget == 0:
                 break
             budget -= self._schedule_row(plan, request, budget)
@@ -116,7 +124,7 @@ class Scheduler:
     def _admit_waiting(self, plan: StepPlan, budget: int) -> None:
         """In order; the first that finds no room stops those behind it, so that nobody waits forever."""
         position = 0
-        while budget and self._free_slots and position < len(self._waiting):
+        while budget and self._running.free_slots and position < len(self._waiting):
             request = self._waiting[position]
             if self._awaits_leader(request, plan):
                 position += 1
@@ -134,7 +142,12 @@ class Scheduler:
         if samples:
             request.num_pending += 1
             request.ready_step = self.step + self.config.depth
-        plan.rows.append(ScheduledRow(request.slot, num_tokens, samples))
+        if samples and num_tokens == 1:
+            insort(plan.decode_slots, request.slot)
+        else:
+            plan.prefills.append(PrefillRow(request.slot, num_tokens, samples))
+        if request.num_uncomputed_tokens == 1:
+            self._running.end_prefill(request)
         self._tables.register(request)
         return num_tokens
 
@@ -156,7 +169,8 @@ class Scheduler:
         leader = request.fork_from
         if leader is None or leader.status not in (RequestStatus.WAITING, RequestStatus.RUNNING):
             return False
-        in_this_step = sum(row.num_tokens for row in plan.rows if row.slot == leader.slot)
+        in_this_step = sum(row.num_tokens for row in plan.prefills if row.slot == leader.slot)
+        in_this_step += leader.slot in plan.decode_slots
         return leader.num_computed_tokens - in_this_step < leader.num_prompt_tokens
 
     def _enter(self, plan: StepPlan, request: Request) -> None:
@@ -164,29 +178,30 @@ class Scheduler:
         if request.status is RequestStatus.WAITING:
             request.num_cached_tokens = num_computed
         request.status = RequestStatus.RUNNING
-        request.slot = slot = heapq.heappop(self._free_slots)
-        self._running[slot] = request
+        slot = self._running.enter(request)
         num_prompt, token_ids = request.num_prompt_tokens, tuple(request.token_ids)
         plan.new_rows.append(RowInit(slot, token_ids, num_prompt, num_computed, request.sampling))
         plan.block_updates.append(BlockUpdate(slot, 0, tuple(request.block_ids)))
 
-    def _try_grow(self, plan: StepPlan, request: Request) -> bool:
+    def _try_grow(self, plan: StepPlan, request: Request, chosen: set[Request]) -> bool:
         """See that the next token has a block, if need be a victim's."""
-        if not self._tables.lacks_block(request):
+        if request.num_computed_tokens < request.capacity:
             return True
-        while not self._tables.try_append(request):
-            victim = self._find_victim(plan, request)
+        while not self._tables.has_room(1):
+            victim = self._find_victim(request, chosen)
             if victim is None:
                 return False
             self._preempt(victim)
-        start = len(request.block_ids) - 1
-        plan.block_updates.append(BlockUpdate(request.slot, start, (request.block_ids[start],)))
+        self._grow(plan, request)
         return True
 
-    def _find_victim(self, plan: StepPlan, request: Request) -> Request | None:
+    def _grow(self, plan: StepPlan, request: Request) -> None:
+        start = len(request.block_ids)
+        plan.block_updates.append(BlockUpdate(request.slot, start, (self._tables.append(request),)))
+
+    def _find_victim(self, request: Request, chosen: set[Request]) -> Request | None:
         """The last in order of those behind the request that do not run in this step."""
-        scheduled = {row.slot for row in plan.rows}
-        behind = [r for r in self._running.values() if r.order > request.order and r.slot not in scheduled]
+        behind = [r for r in self._running.by_slot.values() if r.order > request.order and r not in chosen]
         return max(behind, key=BY_ORDER, default=None)
 
     def _preempt(self, request: Request) -> None:
@@ -196,15 +211,8 @@ class Scheduler:
         insort(self._waiting, request, key=BY_ORDER)
 
     def _vacate(self, request: Request) -> None:
-        del self._running[request.slot]
+        self._running.leave(request)
         self._tables.close(request)
-        self._release_slot(request)
-
-    def _release_slot(self, request: Request) -> None:
-        """Free the slot of a request that left, unless a sampled token has still to be written to its row."""
-        if request.slot >= 0 and request.num_pending == 0:
-            heapq.heappush(self._free_slots, request.slot)
-            request.slot = -1
 
     # results
 
@@ -216,44 +224,31 @@ class Scheduler:
         step, requests = self._outstanding.popleft()
         assert step == result.step, f"result of step {result.step} came, {step} is next"
         assert step + self.config.depth <= self.step, f"tokens of step {step} are not on the first stage yet"
+        accepted: list[AcceptedToken] = []
+        running = RequestStatus.RUNNING
         logprobs = result.logprobs or [None] * len(requests)
-        entries = zip(requests, result.token_ids, logprobs, strict=True)
-        return [accepted for entry in entries if (accepted := self._accept(*entry))]
+        for entry in zip(requests, result.token_ids, logprobs, strict=True):
+            request, token_id, _ = entry
+            request.num_pending -= 1
+            if request.status is running or self._wants_late_token(request):
+                request.token_ids.append(token_id)
+                accepted.append(entry)
+                if token_id in request.stop_token_ids:
+                    self.finish(request, "stop")
+                elif len(request.token_ids) == request.max_total_tokens:
+                    self.finish(request, "length")
+        return accepted
 
-    def _accept(self, request: Request, token_id: int, entry: TokenLogprobs | None) -> AcceptedToken | None:
-        request.num_pending -= 1
-        if request.status is RequestStatus.FINISHED:
-            self._release_slot(request)
-            return None
-        request.token_ids.append(token_id)
-        reason = self._end_reason(request, token_id)
-        if request.status is RequestStatus.RUNNING:
-            self._tables.register(request)
-        else:
-            self._release_slot(request)
-        if reason:
-            self.finish(request, reason)
-        return AcceptedToken(request, token_id, entry, reason)
-
-    @staticmethod
-    def _end_reason(request: Request, token_id: int) -> str | None:
-        if token_id in request.stop_token_ids:
-            return "stop"
-        return None if len(request.token_ids) < request.num_prompt_tokens + request.max_tokens else "length"
+    def _wants_late_token(self, request: Request) -> bool:
+        """Of requests that left while the token was on its way, the preempted ones take it still."""
+        self._running.release_slot(request)
+        return request.status is not RequestStatus.FINISHED
 
     def check_integrity(self) -> None:
         """Assert that blocks, slots and counts of pending tokens agree with the requests."""
-        self._tables.check_integrity(self._running.values())
         pending = Counter(request for _, sampled in self._outstanding for request in sampled)
-        known = [*self._running.values(), *self._waiting, *pending]
-        assert all(request.num_pending == pending[request] for request in known), "pending tokens are lost"
-        held = {request.slot for request in known} - {-1}
-        slots = sorted([*held, *self._free_slots])
-        assert slots == list(range(self.config.max_num_seqs)), f"a slot is lost or shared: {slots}"
-        assert all(request.slot == slot for slot, request in self._running.items()), "a slot changed hands"
-
-
-def _batch_order(row: ScheduledRow) -> tuple[bool, int]:
-    """Decodes by slot, then the rest as they were scheduled (the sort is stable)."""
-    is_decode = row.num_tokens == 1 and row.samples
-    return not is_decode, row.slot if is_decode else 0
+        others = [*self._waiting, *pending]
+        self._running.check_integrity(others)
+        running = self._running.by_slot.values()
+        self._tables.check_integrity(running)
+        assert all(r.num_pending == pending[r] for r in (*running, *others)), "pending tokens are lost"

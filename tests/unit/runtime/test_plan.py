@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distllm.errors import DistllmError
-from distllm.runtime.plan import BlockUpdate, RowInit, RowSampling, ScheduledRow, StepPlan
+from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, StepPlan
 from distllm.runtime.plan_codec import End, Error, decode_message, encode, encode_end, encode_error
 
 ids = st.integers(0, 2**31 - 1)
@@ -28,7 +28,8 @@ samplings = st.builds(
 plans = st.builds(
     StepPlan,
     step=st.integers(0, 2**62),
-    rows=st.lists(st.builds(ScheduledRow, slot=ids, num_tokens=st.integers(1, 3), samples=st.booleans())),
+    decode_slots=st.sets(ids | st.integers(0, 9)).map(sorted),
+    prefills=st.lists(st.builds(PrefillRow, slot=ids, num_tokens=st.integers(1, 3), samples=st.booleans())),
     new_rows=st.lists(st.builds(RowInit, ids, tuples_of_ids, ids, ids, samplings), max_size=4),
     block_updates=st.lists(st.builds(BlockUpdate, ids, ids, tuples_of_ids), max_size=4),
     block_copies=st.lists(st.tuples(ids, ids), max_size=4),
@@ -53,26 +54,33 @@ def test_round_trip_of_end() -> None:
     assert decode_message(encode_end()) == End()
 
 
-def decode_rows(slots: range) -> list[ScheduledRow]:
-    return [ScheduledRow(slot, 1, True) for slot in slots]
-
-
 @pytest.mark.parametrize("count", [1, 256, 4096])
 def test_steady_decode_costs_48_bytes(count: int) -> None:
-    assert encode(StepPlan(10**12, decode_rows(range(count)))).nbytes == 48
+    assert encode(StepPlan(10**12, list(range(count)))).nbytes == 48
 
 
 def test_a_gap_in_the_slots_costs_8_bytes_and_a_new_block_16() -> None:
-    rows = decode_rows(range(100)) + decode_rows(range(120, 256))
+    slots = [*range(100), *range(120, 256)]
     updates = [BlockUpdate(slot, 7, (slot + 1,)) for slot in range(16)]
-    assert encode(StepPlan(1, rows)).nbytes == 48 + 8
-    assert encode(StepPlan(1, rows, block_updates=updates)).nbytes == 48 + 8 + 16 * 16
+    assert encode(StepPlan(1, slots)).nbytes == 48 + 8
+    assert encode(StepPlan(1, slots, block_updates=updates)).nbytes == 48 + 8 + 16 * 16
+
+
+def test_the_batch_is_decodes_then_prefills() -> None:
+    plan = StepPlan(1, [2, 5], [PrefillRow(9, 4, False), PrefillRow(0, 3, True)])
+    assert (plan.num_rows, plan.num_tokens, plan.slots) == (4, 9, [2, 5, 9, 0])
+    assert plan.cu_seqlens == [0, 1, 2, 6, 9]
+    assert plan.sampled_slots == [2, 5, 0] and plan.sampled_rows == [0, 1, 3]
+
+
+def test_an_empty_plan_has_no_rows() -> None:
+    plan = StepPlan(1)
+    assert (plan.num_rows, plan.num_tokens, plan.cu_seqlens, plan.sampled_rows) == (0, 0, [0], [])
 
 
 def test_every_truncation_is_refused() -> None:
     update, init = BlockUpdate(3, 0, (4, 5)), RowInit(3, (7, 8, 9), 3, 0, RowSampling(stop_token_ids=(1, 2)))
-    rows = [*decode_rows(range(4)), ScheduledRow(9, 5, False)]
-    message = encode(StepPlan(1, rows, [init], [update], [(1, 2)]))
+    message = encode(StepPlan(1, [0, 1, 2, 3], [PrefillRow(9, 5, False)], [init], [update], [(1, 2)]))
     for length in range(len(message)):
         with pytest.raises(DistllmError, match="control message is damaged"):
             decode_message(message[:length])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distllm.errors import ConfigError, RequestError
-from distllm.runtime.plan import BlockUpdate, RowSampling, ScheduledRow, StepPlan, StepResult, TokenLogprobs
+from distllm.runtime.plan import BlockUpdate, PrefillRow, RowSampling, StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.request import Request, RequestStatus
 from distllm.runtime.scheduler import AcceptedToken, Scheduler, SchedulerConfig
 
@@ -58,7 +58,11 @@ class Loop:
         return StepResult(step, [self.tokens.get(step, TOKEN)] * len(sampled))
 
     def rows(self) -> list[list[tuple[int, int, bool]]]:
-        return [[(row.slot, row.num_tokens, row.samples) for row in plan.rows] for plan in self.plans]
+        return [
+            [(slot, 1, True) for slot in plan.decode_slots]
+            + [(row.slot, row.num_tokens, row.samples) for row in plan.prefills]
+            for plan in self.plans
+        ]
 
 
 # lag
@@ -69,7 +73,7 @@ def test_a_request_runs_again_depth_steps_after_it_sampled(depth: int) -> None:
     loop = Loop(depth=depth)
     request = loop.add(3, max_tokens=3)
     loop.run()
-    assert [plan.step for plan in loop.plans if plan.rows] == [0, depth, 2 * depth]
+    assert [plan.step for plan in loop.plans if plan.num_rows] == [0, depth, 2 * depth]
     assert request.output_token_ids == [TOKEN] * 3 and request.finish_reason == "length"
 
 
@@ -88,8 +92,8 @@ def test_finish_by_token_is_seen_late_and_the_extra_token_is_dropped(depth: int)
     loop.tokens[depth] = 9
     loop.run()
     assert request.output_token_ids == [TOKEN, 9] and request.finish_reason == "stop"
-    assert [plan.step for plan in loop.plans if plan.rows] == [0, depth, 2 * depth]
-    assert [(token.token_id, token.finish_reason) for token in loop.accepted] == [(TOKEN, None), (9, "stop")]
+    assert [plan.step for plan in loop.plans if plan.num_rows] == [0, depth, 2 * depth]
+    assert [token_id for _, token_id, _ in loop.accepted] == [TOKEN, 9] and request.finish_reason == "stop"
 
 
 def test_results_must_come_in_order_and_not_before_their_tokens_arrive() -> None:
@@ -111,7 +115,7 @@ def test_logprobs_stay_with_their_token() -> None:
     scheduler.schedule()
     entry = TokenLogprobs(-0.5, 1, (9,), (-0.5,))
     accepted = scheduler.update(StepResult(0, [8, 9], [None, entry]))
-    assert accepted == [AcceptedToken(requests[0], 8, None, None), AcceptedToken(requests[1], 9, entry, None)]
+    assert accepted == [(requests[0], 8, None), (requests[1], 9, entry)]
 
 
 # budget, order, fairness
@@ -122,7 +126,7 @@ def test_microbatches_share_the_decodes_evenly() -> None:
     for _ in range(5):
         loop.add(2, max_tokens=40)
     loop.step(12)
-    slots = [{row.slot for row in plan.rows} for plan in loop.plans[2:]]
+    slots = [set(plan.slots) for plan in loop.plans[2:]]
     assert all(len(step) in (2, 3) for step in slots)
     assert all(first | second == set(range(5)) for first, second in zip(slots[::2], slots[1::2], strict=True))
 
@@ -132,7 +136,7 @@ def test_every_decode_gets_its_turn() -> None:
     for _ in range(7):
         loop.add(1, max_tokens=40)
     loop.step(33)
-    counts = [sum(row.slot == slot for plan in loop.plans for row in plan.rows) for slot in range(7)]
+    counts = [sum(plan.slots.count(slot) for plan in loop.plans) for slot in range(7)]
     assert max(counts) - min(counts) <= 1 and min(counts) >= 10
 
 
@@ -154,14 +158,15 @@ def test_rows_hold_decodes_by_slot_first() -> None:
     loop = Loop()
     loop.add(5)
     loop.add(1)
-    assert loop.step().rows == [ScheduledRow(1, 1, True), ScheduledRow(0, 5, True)]
+    plan = loop.step()
+    assert plan.decode_slots == [1] and plan.prefills == [PrefillRow(0, 5, True)]
 
 
 def test_admission_by_priority_then_arrival() -> None:
     loop = Loop(max_num_seqs=1)
     requests = [loop.add(2, max_tokens=1, priority=priority) for priority in (1, 0, 1, 0)]
     loop.run()
-    assert [token.request for token in loop.accepted] == [requests[i] for i in (1, 3, 0, 2)]
+    assert [request for request, _, _ in loop.accepted] == [requests[i] for i in (1, 3, 0, 2)]
 
 
 def test_no_more_requests_than_slots() -> None:
@@ -169,7 +174,7 @@ def test_no_more_requests_than_slots() -> None:
     for _ in range(5):
         loop.add(2, max_tokens=3)
     loop.run()
-    assert max(len(plan.rows) for plan in loop.plans) == 2 and len(loop.accepted) == 15
+    assert max(plan.num_rows for plan in loop.plans) == 2 and len(loop.accepted) == 15
 
 
 # blocks
@@ -262,7 +267,7 @@ def test_the_first_in_line_is_not_overtaken() -> None:
     loop.add(8, max_tokens=3)
     big, small = loop.add(13, max_tokens=2), loop.add(2, max_tokens=2)
     loop.run()
-    order = [token.request for token in loop.accepted[3:]]
+    order = [request for request, _, _ in loop.accepted[3:]]
     assert order.index(big) < order.index(small)
 
 
@@ -298,7 +303,7 @@ def test_a_known_prompt_is_computed_from_its_last_block_on(length: int, num_cach
     plan = loop.step()
     assert (first.num_cached_tokens, second.num_cached_tokens) == (0, num_cached)
     assert plan.new_rows[0].num_computed_tokens == num_cached
-    assert plan.rows == [ScheduledRow(0, length - num_cached, True)] and not plan.block_copies
+    assert loop.rows()[-1] == [(0, length - num_cached, True)] and not plan.block_copies
 
 
 def test_requests_admitted_together_share_their_prefix() -> None:
@@ -353,7 +358,7 @@ def test_a_follower_waits_for_the_prompt_then_shares_it() -> None:
     assert follower.num_cached_tokens == 5 and plan.new_rows[0].num_computed_tokens == 5
     assert follower.block_ids[0] == leader.block_ids[0]
     assert plan.block_copies == [(leader.block_ids[1], follower.block_ids[1])]
-    assert plan.rows == [ScheduledRow(0, 1, True), ScheduledRow(1, 1, True)]
+    assert plan.decode_slots == [0, 1]
 
 
 def test_a_follower_that_starts_a_fresh_block_copies_nothing() -> None:
@@ -416,7 +421,7 @@ def test_abort_wherever_the_request_stands() -> None:
     assert not loop.scheduler.has_unfinished and loop.scheduler.has_outstanding
     loop.run()
     assert loop.accepted == []
-    assert loop.scheduler._free_slots == [0]
+    assert loop.scheduler._running.free_slots == [0]
 
 
 def test_the_caller_ends_a_request_and_its_later_tokens_are_dropped() -> None:

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 
 from distllm.errors import RequestError
-from distllm.runtime.plan import RowSampling, ScheduledRow, StepPlan, StepResult
+from distllm.runtime.plan import PrefillRow, RowSampling, StepPlan, StepResult
 from distllm.runtime.plan_codec import decode_message, encode
 from distllm.runtime.request import Request
 from distllm.runtime.scheduler import AcceptedToken, Scheduler, SchedulerConfig
@@ -55,6 +55,11 @@ def reference_output(request: Request) -> list[int]:
     return tokens[request.num_prompt_tokens :]
 
 
+def batch(plan: StepPlan) -> list[PrefillRow]:
+    """Every row in batch order; a decode computes like a prefill of one token."""
+    return [*(PrefillRow(slot, 1, True) for slot in plan.decode_slots), *plan.prefills]
+
+
 @dataclass
 class Row:
     seed: int
@@ -75,12 +80,13 @@ class Device:
     def run(self, plan: StepPlan) -> None:
         self._receive(plan.step - self.config.depth)
         self._apply(plan)
-        for row in plan.rows:
+        rows = batch(plan)
+        for row in rows:
             self._write(row)
-        for row in plan.rows:
+        for row in rows:
             self._check_reads(self.rows[row.slot], row)
-        self.sampled[plan.step] = [self._sample(row) for row in plan.rows if row.samples]
-        for row in plan.rows:
+        self.sampled[plan.step] = [self._sample(row) for row in rows if row.samples]
+        for row in rows:
             self.rows[row.slot].num_computed += row.num_tokens
 
     def result(self, step: int) -> StepResult:
@@ -106,21 +112,21 @@ class Device:
         index, offset = divmod(position, self.config.block_size)
         return row.table[index], offset
 
-    def _write(self, scheduled: ScheduledRow) -> None:
+    def _write(self, scheduled: PrefillRow) -> None:
         row = self.rows[scheduled.slot]
         for position in range(row.num_computed, row.num_computed + scheduled.num_tokens):
             assert position in row.token_ids, f"slot {scheduled.slot} runs before its token is there"
             prefix = tuple(row.token_ids[p] for p in range(position + 1))
             self.kv[self._place(row, position)] = prefix
 
-    def _check_reads(self, row: Row, scheduled: ScheduledRow) -> None:
+    def _check_reads(self, row: Row, scheduled: PrefillRow) -> None:
         end = row.num_computed + scheduled.num_tokens
         prefix = tuple(row.token_ids[p] for p in range(end))
         for position in range(end):
             place = self._place(row, position)
             assert self.kv.get(place) == prefix[: position + 1], f"wrong KV in block, offset {place}"
 
-    def _sample(self, scheduled: ScheduledRow) -> tuple[Row, int, int, int]:
+    def _sample(self, scheduled: PrefillRow) -> tuple[Row, int, int, int]:
         row = self.rows[scheduled.slot]
         end = row.num_computed + scheduled.num_tokens
         token = next_token(tuple(row.token_ids[p] for p in range(end)), row.seed)
@@ -133,12 +139,13 @@ class Expectation:
 
     request: Request
     stop_after: int | None  # a stop string ends with this token
-    received: list[AcceptedToken] = field(default_factory=list)
+    received: list[int] = field(default_factory=list)
+    ended: bool = False  # by what the scheduler itself sees
     aborted: bool = False
 
     def check(self) -> None:
         request, expected = self.request, reference_output(self.request)[: self.stop_after]
-        output = [token.token_id for token in self.received]
+        output = self.received
         assert output == request.output_token_ids, "a token was lost or came twice"
         assert request.finish_reason is not None, "a request was lost"
         if self.aborted:
@@ -222,11 +229,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._check_limits(plan)
         for r in self.expected:
             assert r.num_planned_tokens <= r.num_prompt_tokens + r.max_tokens, "a token that cannot be kept"
-        SEEN["steps"] += bool(plan.rows)
-        SEEN["idle"] += not plan.rows
+        SEEN["steps"] += plan.num_rows > 0
+        SEEN["idle"] += plan.num_rows == 0
         SEEN["copies"] += len(plan.block_copies)
         SEEN["cached"] += sum(init.num_computed_tokens > 0 for init in plan.new_rows)
-        SEEN["chunks"] += sum(not row.samples for row in plan.rows)
+        SEEN["chunks"] += sum(not row.samples for row in plan.prefills)
         SEEN["preempted"] += sum(r.status.value == "preempted" and r not in preempted for r in self.expected)
         self.device.run(decode_message(encode(plan)))  # type: ignore[arg-type]
         for token in self.scheduler.update(self.device.result(plan.step - self.config.depth)):
@@ -235,22 +242,22 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check_limits(self, plan: StepPlan) -> None:
         assert plan.num_tokens <= self.config.max_num_batched_tokens
-        slots = [row.slot for row in plan.rows]
+        slots = plan.slots
         assert len(set(slots)) == len(slots), "a slot runs twice"
         assert all(0 <= slot < self.config.max_num_seqs for slot in slots)
-        assert all(row.num_tokens > 0 for row in plan.rows), "a row without tokens"
-        is_decode = [row.num_tokens == 1 and row.samples for row in plan.rows]
-        assert is_decode == sorted(is_decode, reverse=True), "decodes come first"
-        decodes = [row.slot for row, decode in zip(plan.rows, is_decode, strict=True) if decode]
-        assert decodes == sorted(decodes), "decodes are ordered by slot"
+        assert all(row.num_tokens > 0 for row in plan.prefills), "a row without tokens"
+        assert not any(row.num_tokens == 1 and row.samples for row in plan.prefills), "this is a decode"
+        assert plan.decode_slots == sorted(plan.decode_slots), "decodes are ordered by slot"
 
     def _receive(self, token: AcceptedToken) -> None:
-        expectation = self.expected[token.request]
-        assert not any(earlier.finish_reason for earlier in expectation.received), "a token after the end"
+        request, token_id, _ = token
+        expectation = self.expected[request]
+        assert not expectation.ended, "a token after the end"
         assert not expectation.aborted, "a token after the abort"
-        expectation.received.append(token)
+        expectation.received.append(token_id)
+        expectation.ended = request.finish_reason is not None
         if len(expectation.received) == expectation.stop_after:
-            self.scheduler.finish(token.request, "stop", "text")
+            self.scheduler.finish(request, "stop", "text")
 
     def teardown(self) -> None:
         """Whatever came in ends, as it would have alone; then nothing is held."""
@@ -263,7 +270,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for expectation in self.expected.values():
             expectation.check()
         assert self.scheduler._tables.blocks.num_used == 0
-        assert len(self.scheduler._free_slots) == self.config.max_num_seqs
+        assert len(self.scheduler._running.free_slots) == self.config.max_num_seqs
 
 
 def test_scheduler_machine() -> None:
