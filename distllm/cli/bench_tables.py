@@ -27,6 +27,8 @@ def print_report(report: Report) -> None:
     click.echo(f"{report.num_ranks} rank(s), {device}, torch {facts['torch']}, distllm {facts['distllm']}")
     if report.ceilings:
         click.echo(ceilings_line(report.ceilings))
+    if report.ready_s:
+        click.echo(f"engine ready after {number(report.ready_s)} s")
     for kind, results in report.results.items():
         for title, header, row in TABLES[kind]:
             print_table(title, header, [row(result) for result in results])

@@ -28,6 +28,7 @@ class Report:
     options: dict[str, Any]  # of the engine and of the workload, defaults included
     ceilings: Ceilings | None
     results: Mapping[str, Sequence[Any]]  # dataclasses, by kind
+    ready_s: float | None = None  # from the start of the command until the engine could run
     environment: Facts = field(default_factory=environment)
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format_version: int = FORMAT_VERSION
@@ -40,6 +41,7 @@ def engine_report(
     benchmark: str,
     command: str,
     llm: LLM,
+    ready_s: float,
     workload: LatencyWorkload | ThroughputWorkload,
     floors: Floors,
     results: Mapping[str, Sequence[Any]],
@@ -51,4 +53,4 @@ def engine_report(
         "workload": asdict(workload),
         "stage_costs": [asdict(cost) for cost in floors.costs],
     }
-    return Report(benchmark, command, llm.layout.world_size, options, floors.ceilings, results)
+    return Report(benchmark, command, llm.layout.world_size, options, floors.ceilings, results, ready_s)

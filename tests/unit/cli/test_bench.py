@@ -33,7 +33,7 @@ def run(tmp_path: Path, *args: object) -> tuple[str, dict[str, Any]]:
     done = distllm("bench", *args, "-o", file)
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
-    keys = "benchmark command num_ranks options ceilings results environment date format_version"
+    keys = "benchmark command num_ranks options ceilings results ready_s environment date format_version"
     assert set(report) == set(keys.split())
     assert report["benchmark"] == args[0] and str(file) in report["command"]
     assert report["environment"]["torch"] and report["date"].endswith("+00:00")
@@ -49,6 +49,7 @@ def test_latency(bare: Path, tmp_path: Path) -> None:
     assert all(len(result["step_s"]["raw"]) == 2 and result["floor_s"] > 0 for result in decode)
     assert [len(result["itl_s"]["raw"]) for result in decode] == [3, 9]
     assert first[0]["input_len"] == 9 and first[0]["ttft_s"]["median"] > 0
+    assert "engine ready after" in printed and report["ready_s"] > 0
     assert report["options"]["engine"]["enable_prefix_caching"] is False
     assert report["ceilings"]["read_bytes_per_s"] > 0
 
