@@ -109,7 +109,7 @@ TABLES: dict[str, list[Table]] = {
     ],
     "first_token": [
         (
-            "Time to the first token (TTFT), one request, ms",
+            "Time to the first token, ms",
             ("prompt", "TTFT", "p90", "floor", "of it"),
             first_token_row,
         )
