@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from distllm.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
 MAX_BLOCK_SIZE = 1024
 
 
@@ -18,6 +19,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     dtype: str = "auto"  # the checkpoint's on a GPU, float32 on a CPU
+    load_format: str = "auto"  # "dummy": random weights, from config.json alone
     seed: int = 0  # of the requests that bring none
     max_model_len: int | None = None  # prompt and generated tokens of one sequence
     max_num_seqs: int = 256  # sequences that run at the same time
@@ -31,6 +33,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.load_format not in LOAD_FORMATS:
+            raise ConfigError(
+                f"load_format is {self.load_format!r}; it must be one of {', '.join(LOAD_FORMATS)}"
+            )
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"block_size is {self.block_size}; it must be between 1 and {MAX_BLOCK_SIZE}")
         for name in ("max_model_len", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distllm.comm.agree import agree
-from distllm.comm.devices import select_device
 from distllm.comm.connect import open_channels, open_control
+from distllm.comm.devices import select_device
 from distllm.config import EngineConfig
-from distllm.engine import WeightSource, eos_token_ids, load_weights, open_source, resolve_model
+from distllm.engine import (
+    WeightSource,
+    dummy_weights,
+    eos_token_ids,
+    load_weights,
+    open_source,
+    resolve_model,
+)
 from distllm.engine.tokenizer import load_tokenizer
 from distllm.errors import DistllmError, RequestError, UserError
 from distllm.models.decoder import Decoder
@@ -161,7 +168,7 @@ class LLM:
         layout = RankLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
         layout.check_world_size(control.size)
         self.layout = layout.at(control.rank)
-        source = agree(control, lambda: open_source(resolve_model(config.model)))
+        source = agree(control, lambda: open_source(resolve_model(config.model), config.load_format))
         check_layout(source.spec, self.layout)
         device = select_device(control)
         self.config = config.resolve(source.spec.max_position_embeddings, device.type == "cuda")
@@ -174,8 +181,10 @@ class LLM:
     def _load(self, source: WeightSource, device: torch.device) -> tuple[ModelRunner, int]:
         control, config, spec = self._control, self.config, source.spec
         dtype = resolve_dtype(config.dtype, spec.dtype, device)
+        self.spec, self.device, self.dtype = spec, device, dtype
         shards = shard_table(spec, self.layout)
-        weights = agree(control, lambda: load_weights(source, shards, dtype, device, self._progress))
+        load = dummy_weights if config.load_format == "dummy" else load_weights
+        weights = agree(control, lambda: load(source, shards, dtype, device, self._progress))
         decoder = Decoder(spec, self.layout, weights, self._channels.tp)
         block_bytes = math.prod(decoder.kv_cache_shape(1, config.block_size)) * dtype.itemsize
         num_blocks = kv_block_count(config, spec, block_bytes, control, device)
