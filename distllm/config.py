@@ -23,7 +23,7 @@ class EngineConfig:
     seed: int = 0  # of the requests that bring none
     max_model_len: int | None = None  # prompt and generated tokens of one sequence
     max_num_seqs: int = 256  # sequences that run at the same time
-    max_num_batched_tokens: int | None = None  # of one step; longer prompts are computed in chunks
+    max_num_batched_tokens: int = 8192  # of one step; longer prompts are computed in chunks
     block_size: int = 16  # tokens per KV block
     enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None  # per rank
@@ -51,12 +51,8 @@ class EngineConfig:
         if value is not None and not 1 <= value < 2**40:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
 
-    def resolve(self, max_position_embeddings: int, on_gpu: bool) -> EngineConfig:
-        """Fill in what depends on the model and the device, or check it against the model's window."""
-        if self.max_num_batched_tokens is None:
-            return replace(self, max_num_batched_tokens=8192 if on_gpu else 2048).resolve(
-                max_position_embeddings, on_gpu
-            )
+    def resolve(self, max_position_embeddings: int) -> EngineConfig:
+        """Fill max_model_len from the model, or check it against the model's window."""
         if self.max_model_len is None:
             return replace(self, max_model_len=max_position_embeddings)
         if self.max_model_len > max_position_embeddings:
@@ -65,12 +61,6 @@ class EngineConfig:
                 f"(max_position_embeddings) is {max_position_embeddings}"
             )
         return self
-
-    @property
-    def step_tokens(self) -> int:
-        """max_num_batched_tokens of a resolved config."""
-        assert self.max_num_batched_tokens is not None, "resolve() first"
-        return self.max_num_batched_tokens
 
     @property
     def context_len(self) -> int:

@@ -1,7 +1,7 @@
 """The operations of a step, one function each. Knows tensors; never layers, ranks or requests.
 
-Callers import from here. On a GPU a Triton kernel runs, elsewhere the plain torch reference: chosen in this file, by
-where the first argument lies. Contracts stand at the references.
+Callers import from here. On a GPU a Triton kernel runs, elsewhere the plain torch reference: chosen in this
+file, by where the first argument lies. Contracts stand at the references.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from distllm.kernels.reference import activation, attention, embedding, gather, linear, norm, rope, sampling
+from distllm.kernels.reference import activation, attention, embedding, gather, norm, rope, sampling
+from distllm.kernels.reference import linear as linears
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,7 +23,7 @@ R = TypeVar("R")
 @cache
 def _triton(module: str, name: str) -> Callable[..., Any]:
     """Loaded on first use: a machine without a GPU needs no Triton."""
-    return getattr(import_module(f"distllm.kernels.triton.{module}"), name)  # type: ignore[no-any-return]
+    return getattr(import_module(f"distllm.kernels.triton.{module}"), name)
 
 
 def _by_device(reference: Callable[P, R]) -> Callable[P, R]:
@@ -40,9 +41,9 @@ def _by_device(reference: Callable[P, R]) -> Callable[P, R]:
 add_rms_norm = _by_device(norm.add_rms_norm)
 embed = embedding.embed
 gather_batch = _by_device(gather.gather_batch)
-linear_add = _by_device(linear.linear_add)
-norm_linear = _by_device(linear.norm_linear)
-norm_linear_silu_mul = _by_device(linear.norm_linear_silu_mul)
+linear = _by_device(linears.linear)
+linear_add = _by_device(linears.linear_add)
+linear_silu_mul = _by_device(linears.linear_silu_mul)
 paged_attention = _by_device(attention.paged_attention)
 rms_norm = _by_device(norm.rms_norm)
 rope_and_cache_kv = _by_device(rope.rope_and_cache_kv)

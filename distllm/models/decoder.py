@@ -17,7 +17,13 @@ from distllm.models.rope import rope_frequencies
 from distllm.models.shards import EMBED, FINAL_NORM, head_name, local_heads, local_kv_heads, stage_layers
 from distllm.models.spec import DecoderSpec
 from distllm.parallel.layout import RankLayout
-from distllm.parallel.linear import ColumnParallelLinear, GatedColumnParallelLinear, RowParallelLinear
+from distllm.parallel.linear import (
+    ColumnParallelLinear,
+    GatedColumnParallelLinear,
+    Norm,
+    RowParallelLinear,
+    Stream,
+)
 from distllm.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 
 Weights = dict[str, torch.Tensor]
@@ -34,11 +40,17 @@ class Attention:
     head_dim: int
 
     def __call__(
-        self, x: torch.Tensor, cos_sin: torch.Tensor, batch: TokenBatch, kv_cache_layer: torch.Tensor
-    ) -> torch.Tensor:
+        self,
+        stream: Stream,
+        next_norm: Norm,
+        cos_sin: torch.Tensor,
+        batch: TokenBatch,
+        kv_cache_layer: torch.Tensor,
+    ) -> Stream:
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
-        q = rope_and_cache_kv(self.qkv(x), cos_sin, batch, kv_cache_layer, *heads)
-        return self.out(paged_attention(q, kv_cache_layer, batch, self.head_dim**-0.5), x)
+        q = rope_and_cache_kv(self.qkv(stream), cos_sin, batch, kv_cache_layer, *heads)
+        mixed = paged_attention(q, kv_cache_layer, batch, self.head_dim**-0.5)
+        return self.out(mixed, stream, next_norm)
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,8 @@ class GatedMLP:
     gate_up: GatedColumnParallelLinear
     down: RowParallelLinear
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.gate_up(x), x)
+    def __call__(self, stream: Stream, next_norm: Norm | None) -> Stream:
+        return self.down(self.gate_up(stream), stream, next_norm)
 
 
 @dataclass(frozen=True)
@@ -72,24 +84,23 @@ class Decoder:
         if layout.is_first_stage:
             self.embedding = VocabParallelEmbedding(weights[EMBED], tp)
         if layout.is_last_stage:
-            self.head = VocabParallelHead(
-                weights[head_name(spec)], weights[FINAL_NORM], spec.norm_eps, spec.vocab_size, tp
-            )
+            norm = Norm(weights[FINAL_NORM], spec.norm_eps)
+            self.head = VocabParallelHead(weights[head_name(spec)], norm, spec.vocab_size, tp)
 
     def _layer(self, weights: Weights, at: str) -> Layer:
-        eps = self.spec.norm_eps
-        attn_norm, mlp_norm = weights[f"{at}.attn_norm.weight"], weights[f"{at}.mlp_norm.weight"]
+        attn_norm = Norm(weights[f"{at}.attn_norm.weight"], self.spec.norm_eps)
+        mlp_norm = Norm(weights[f"{at}.mlp_norm.weight"], self.spec.norm_eps)
         qkv, gate_up = _linear(weights, f"{at}.attn.qkv"), _linear(weights, f"{at}.mlp.gate_up")
         return Layer(
             attn=Attention(
-                qkv=ColumnParallelLinear(*qkv, attn_norm, eps),
+                qkv=ColumnParallelLinear(*qkv, attn_norm),
                 out=RowParallelLinear(*_linear(weights, f"{at}.attn.o"), self.tp),
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,
                 head_dim=self.spec.head_dim,
             ),
             mlp=GatedMLP(
-                gate_up=GatedColumnParallelLinear(*gate_up, mlp_norm, eps),
+                gate_up=GatedColumnParallelLinear(*gate_up, mlp_norm),
                 down=RowParallelLinear(*_linear(weights, f"{at}.mlp.down"), self.tp),
             ),
         )
@@ -109,21 +120,25 @@ class Decoder:
         return self.embedding(token_ids)
 
     def forward(self, hidden: torch.Tensor, batch: TokenBatch, kv_cache: torch.Tensor) -> torch.Tensor:
-        """This stage's layers. hidden: [num_tokens, hidden_size], left as it is; returns the same shape.
+        """This stage's layers. hidden: [num_tokens, hidden_size], may be written over; returns the same
+        shape.
 
         Writes the KV of the batch's tokens into kv_cache (kv_cache_shape). Collective: every rank of tp, two
         all_reduces per layer.
         """
         cos_sin = rope_cos_sin(self.frequencies, batch.positions)
-        for layer, kv_cache_layer in zip(self.layers, kv_cache, strict=True):
-            hidden = layer.attn(hidden, cos_sin, batch, kv_cache_layer)
-            hidden = layer.mlp(hidden)
-        return hidden
+        stream = Stream(hidden)
+        next_norms = [layer.attn.qkv.norm for layer in self.layers[1:]] + [None]
+        for layer, next_norm, kv_cache_layer in zip(self.layers, next_norms, kv_cache, strict=True):
+            stream = layer.attn(stream, layer.mlp.gate_up.norm, cos_sin, batch, kv_cache_layer)
+            stream = layer.mlp(stream, next_norm)
+        return stream.hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last stage only. hidden: [num_rows, hidden_size], of the rows that sample.
 
-        Returns [num_rows, vocab_size] in their dtype on every rank of tp. Collective: all of them, one all_gather.
+        Returns [num_rows, vocab_size] in their dtype on every rank of tp. Collective: all of them, one
+        all_gather.
         """
         return self.head(hidden)
 

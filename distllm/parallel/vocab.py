@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from distllm.comm.base import TensorComm
-from distllm.kernels import embed, norm_linear
+from distllm.kernels import embed, linear
+from distllm.parallel.linear import Norm
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class VocabParallelEmbedding:
 
 @dataclass(frozen=True)
 class VocabParallelHead:
-    """Hidden states → logits, through the final norm. weight: [rows, hidden_size], as in VocabParallelEmbedding."""
+    """Hidden states → logits, through the final norm. weight: [rows, hidden_size], as in
+    VocabParallelEmbedding.
+    """
 
     weight: torch.Tensor
-    gain: torch.Tensor  # [hidden_size], of the RMSNorm before it
-    eps: float
+    norm: Norm
     vocab_size: int  # without padding
     tp: TensorComm
 
@@ -45,7 +47,7 @@ class VocabParallelHead:
 
         Collective: one all_gather of [num_rows, rows] by every rank of tp.
         """
-        logits = norm_linear(hidden, self.gain, self.eps, self.weight)
+        logits = linear(hidden, self.weight, norm=self.norm)
         if self.tp.size > 1:
             logits = self.tp.all_gather(logits).transpose(0, 1).flatten(1)
         return logits[:, : self.vocab_size]

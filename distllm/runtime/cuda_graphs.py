@@ -1,8 +1,8 @@
 """Steps as CUDA graphs, one for each size of batch. Knows step functions; never a plan.
 
-A captured step reads slots (and lengths) from static buffers and finds everything else in the slot tables, so a
-replay needs no other input. What fills a size up belongs to a padding slot of its own, whose KV nobody reads. The
-tensors of an output are overwritten by the next replay of any graph: they share their memory.
+A captured step reads slots (and lengths) from static buffers and finds everything else in the slot tables,
+so a replay needs no other input. What fills a size up belongs to a padding slot of its own, whose KV nobody
+reads. The tensors of an output are overwritten by the next replay of any graph: they share their memory.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -80,7 +81,7 @@ class DecodeGraphs(Generic[Output]):
         self._loaded: list[int] = []  # what the buffer holds, padding left out
         self._sizes = batch_sizes(max_num_seqs)
         self._captured = {
-            size: _capture(lambda size=size: step(self._slots[:size]), pool) for size in reversed(self._sizes)
+            size: _capture(partial(step, self._slots[:size]), pool) for size in reversed(self._sizes)
         }
 
     def replay(self, slots: Sequence[int]) -> Output:
@@ -120,7 +121,7 @@ class PromptGraphs(Generic[Output]):
         self._captured: dict[int, _Captured[Output]] = {}
         for size in reversed(self._sizes):
             self._load([], [0], size)
-            self._captured[size] = _capture(lambda size=size: step(self._slots, self._cu_seqlens, size), pool)
+            self._captured[size] = _capture(partial(step, self._slots, self._cu_seqlens, size), pool)
 
     def fits(self, num_rows: int, num_tokens: int) -> bool:
         return num_rows <= PROMPT_ROWS and bool(self._sizes) and num_tokens <= self._sizes[-1]

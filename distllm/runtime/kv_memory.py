@@ -50,7 +50,7 @@ def _step_bytes(config: EngineConfig, spec: DecoderSpec) -> int:
     """Upper bound of a step's tensors: some hidden states and one MLP of every token, logits of every row."""
     per_token = 2 * (8 * spec.hidden_size + 3 * spec.intermediate_size)
     per_row = 10 * spec.vocab_size  # in the model's dtype, and twice in fp32 where a row truncates
-    return config.step_tokens * per_token + config.max_num_seqs * per_row
+    return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_row
 
 
 def allocate_kv_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -171,8 +171,8 @@ class LLM:
         source = agree(control, lambda: open_source(resolve_model(config.model), config.load_format))
         check_layout(source.spec, self.layout)
         device = select_device(control)
-        self.config = config.resolve(source.spec.max_position_embeddings, device.type == "cuda")
-        self._channels = open_channels(control, self.layout)
+        self.config = config.resolve(source.spec.max_position_embeddings)
+        self._channels = open_channels(control, self.layout, device)
         self._runner, num_blocks = self._load(source, device)
         agree(control, lambda: self._start_coordinator(source, num_blocks) if self.is_root else None)
         what = f"{source.path.name}: {layout.equation}, {num_blocks} KV blocks of {config.block_size} tokens"
@@ -199,7 +199,7 @@ class LLM:
         )
         runner = ModelRunner(decoder, self.layout, self._channels, tables, kv_cache)
         if device.type == "cuda" and not config.enforce_eager:
-            runner.capture(config.max_num_seqs, min(config.step_tokens, config.context_len))
+            runner.capture(config.max_num_seqs, min(config.max_num_batched_tokens, config.context_len))
         return runner, num_blocks
 
     def _start_coordinator(self, source: WeightSource, num_blocks: int) -> None:
@@ -207,7 +207,7 @@ class LLM:
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.step_tokens,
+                max_num_batched_tokens=config.max_num_batched_tokens,
                 max_model_len=config.context_len,
                 block_size=config.block_size,
                 num_blocks=num_blocks,

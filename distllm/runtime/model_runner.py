@@ -1,8 +1,9 @@
 """ModelRunner: one rank's share of a step. StepPlan in, StepResult out (on rank 0).
 
-Owns the slot tables and the KV cache. A step of plain decodes is one CUDA graph where there is a GPU; any other step,
-and every step on a CPU, runs operation by operation through the same functions. Every collective that it enters, and every shape, follows from the
-plans it was given, in their order. Knows no request; called by the worker and the coordinator loops.
+Owns the slot tables and the KV cache. A step of plain decodes is one CUDA graph where there is a GPU; any
+other step, and every step on a CPU, runs operation by operation through the same functions. Every
+collective that it enters, and every shape, follows from the plans it was given, in their order. Knows no
+request; called by the worker and the coordinator loops.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ class ModelRunner:
             self._sample(plan, batch, hidden)
 
     def _forward_rows(self, plan: StepPlan) -> tuple[TokenBatch, torch.Tensor]:
-        """The rows through this stage's layers; rows and tokens of a captured step are followed by padding."""
+        """The rows through this stage's layers; rows and tokens of a captured step are followed by
+        padding.
+        """
         hidden = self._receive_hidden(plan)
         if self._prompts is None or not self._prompts.fits(plan.num_rows, plan.num_tokens):
             slots = to_device(plan.slots, torch.int64, self._device)

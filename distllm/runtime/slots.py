@@ -48,7 +48,9 @@ class SlotTables:
         self.sampling: list[RowSampling] = [RowSampling()] * num_slots
 
     def advance(self, slots: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        """The KV of these rows is written up to seq_lens [num_rows]; the padding row stays at its beginning."""
+        """The KV of these rows is written up to seq_lens [num_rows]; the padding row stays at its
+        beginning.
+        """
         self.num_computed[slots] = torch.where(slots == self.padding_slot, 0, seq_lens.long())
 
     def apply(self, plan: StepPlan) -> None:

@@ -1,7 +1,7 @@
 """Linear layers with what stands before or behind them: a norm, a gated activation, a residual addition.
 
-One operation each, because on a GPU a single token's products run at the speed of memory, and every kernel saved
-between them shows.
+One operation each, because on a GPU a single token's products run at the speed of memory, and every kernel
+saved between them shows.
 """
 
 from __future__ import annotations
@@ -13,22 +13,33 @@ from distllm.kernels.reference.activation import silu_mul
 from distllm.kernels.reference.norm import rms_norm
 
 
-def norm_linear(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None = None
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: tuple[torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    """rms_norm(x) Wᵀ + b. x: [num_tokens, width]; gain: [width]; weight: [rows, width]; bias: [rows]."""
-    return F.linear(rms_norm(x, gain, eps), weight, bias)
+    """x Wᵀ + b, with x through rms_norm first where norm (gain [width], eps) is given.
+
+    x: [num_tokens, width]; weight: [rows, width]; bias: [rows]. Returns [num_tokens, rows].
+    """
+    return F.linear(x if norm is None else rms_norm(x, *norm), weight, bias)
 
 
-def norm_linear_silu_mul(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None = None
+def linear_silu_mul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: tuple[torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    """silu(gate) · up of norm_linear, whose first half of rows is gate. Returns [num_tokens, rows / 2]."""
-    return silu_mul(norm_linear(x, gain, eps, weight, bias))
+    """silu(gate) · up of linear(), whose first half of rows is gate. Returns [num_tokens, rows / 2]."""
+    return silu_mul(linear(x, weight, bias, norm=norm))
 
 
 def linear_add(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
 ) -> torch.Tensor:
-    """x Wᵀ + b + residual. residual: [num_tokens, rows], left as it is."""
-    return F.linear(x, weight, bias) + residual
+    """residual [num_tokens, rows], to which x Wᵀ + b is added in place."""
+    return residual.add_(F.linear(x, weight, bias))

@@ -83,14 +83,13 @@ def gemv(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
+    norm: tuple[torch.Tensor, float] | None = None,
     gated: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token through (norm →) linear (→ silu(gate) · up) (→ + residual). x: [1, width]; weight: [rows, width].
 
-    norm: the gain of an RMSNorm over x, with eps. gated: rows are gate, then up; the
+    norm: gain and eps of an RMSNorm over x. gated: rows are gate, then up; the
     result has half as many.
     """
     num_out = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -98,27 +97,36 @@ def gemv(
     out = torch.empty(1, num_out, dtype=x.dtype, device=x.device)
     rows = 1 if gated else 2
     block_k = min(2048, triton.next_power_of_2(width))
+    gain, eps = norm if norm is not None else (None, 0.0)
     _gemv_kernel[(triton.cdiv(num_out, rows),)](
-        x, weight, bias, norm, residual, out, num_out, width, eps, norm is not None, gated, bias is not None,
+        x, weight, bias, gain, residual, out, num_out, width, eps, gain is not None, gated, bias is not None,
         residual is not None, rows, block_k, width % block_k == 0, num_warps=8 if block_k >= 2048 else 4,
     )  # fmt: skip
     return out
 
 
-def norm_linear(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None = None
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: tuple[torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
     if x.shape[0] == 1:
-        return gemv(x, weight, bias, norm=gain, eps=eps)
-    return F.linear(rms_norm(x, gain, eps), weight, bias)
+        return gemv(x, weight, bias, norm=norm)
+    return F.linear(x if norm is None else rms_norm(x, *norm), weight, bias)
 
 
-def norm_linear_silu_mul(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None = None
+def linear_silu_mul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: tuple[torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
     if x.shape[0] == 1:
-        return gemv(x, weight, bias, norm=gain, eps=eps, gated=True)
-    return silu_mul(F.linear(rms_norm(x, gain, eps), weight, bias))
+        return gemv(x, weight, bias, norm=norm, gated=True)
+    return silu_mul(F.linear(x if norm is None else rms_norm(x, *norm), weight, bias))
 
 
 def linear_add(
@@ -126,5 +134,5 @@ def linear_add(
 ) -> torch.Tensor:
     if x.shape[0] == 1:
         return gemv(x, weight, bias, residual=residual)
-    out = torch.addmm(residual, x, weight.T)  # the addition rides in the product's epilogue
-    return out if bias is None else out.add_(bias)
+    residual.addmm_(x, weight.T)  # the addition rides in the product's epilogue
+    return residual if bias is None else residual.add_(bias)

@@ -12,6 +12,7 @@ import torch
 
 from distllm.comm.base import Control, TensorComm
 from distllm.comm.connect import open_channels
+from distllm.comm.devices import select_device
 from distllm.errors import LaunchError
 from distllm.ops.bench.timing import Summary, time_calls
 from distllm.parallel.layout import RankLayout
@@ -42,8 +43,8 @@ def run_comm(control: Control, max_bytes: int) -> list[CommResult]:
     if control.size < 2:
         raise LaunchError("bench comm needs two ranks or more, 1 was started; start it with mpirun -n 2 …")
     layout = RankLayout(tp_size=control.size, rank=control.rank)
-    channels = open_channels(control, layout)
-    device = torch.device("cpu")
+    device = select_device(control)
+    channels = open_channels(control, layout, device)
     results = []
     for operation in (_all_reduce, _send_recv):
         for num_bytes in message_sizes(max_bytes):

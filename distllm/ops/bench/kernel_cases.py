@@ -13,12 +13,11 @@ import torch
 
 from distllm import kernels
 from distllm.kernels.batch import TokenBatch
-from distllm.models.rope import rope_cos_sin, rope_frequencies
+from distllm.models.rope import rope_frequencies
 from distllm.models.shards import EMBED, local_heads, local_kv_heads, shard_table
 from distllm.models.spec import DecoderSpec
 from distllm.ops.bench.timing import Call
 from distllm.parallel.layout import RankLayout
-from distllm.parallel.linear import ColumnParallelLinear
 
 BLOCK_SIZE = 16  # tokens of a KV block, EngineConfig's default
 NUM_LOGPROBS = 5
@@ -112,8 +111,8 @@ class StepCases:
         num_out, num_in = shape
 
         def make() -> Call:
-            linear, x = ColumnParallelLinear(self._random(*shape)), self._random(n, num_in)
-            return lambda: linear(x)
+            weight, x = self._random(*shape), self._random(n, num_in)
+            return lambda: kernels.linear(x, weight)
 
         num_values = num_out * num_in + n * (num_in + num_out)
         return self._case(
@@ -129,7 +128,7 @@ class StepCases:
         def make() -> Call:
             qkv, batch = self._random(n, width), self._batch(num_rows, tokens_per_row, tokens_per_row)
             cache = self._kv_cache_layer(num_rows, tokens_per_row)
-            cos_sin = rope_cos_sin(
+            cos_sin = kernels.rope_cos_sin(
                 rope_frequencies(self._spec.rope, head_dim).to(self._device), batch.positions
             )
             return lambda: kernels.rope_and_cache_kv(qkv, cos_sin, batch, cache, *heads)

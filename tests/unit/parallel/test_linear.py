@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from distllm.comm.base import TensorComm
 from distllm.comm.local import LocalControl, run_ranks
+from distllm.kernels import add_rms_norm
 from distllm.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from distllm.parallel.sharding import padded_vocab_rows, split_range
 from distllm.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
@@ -67,3 +68,45 @@ def test_vocabulary_ends(size: int, vocab_size: int) -> None:
     logits = on_ranks(size, lambda tp: VocabParallelHead(padded(narrow, tp), vocab_size, tp)(hidden))
     assert all(torch.equal(each, logits[0]) and each.dtype == torch.float32 for each in logits)
     torch.testing.assert_close(logits[0], F.linear(hidden, narrow).float(), atol=0.05, rtol=0.01)
+
+
+class Fusing:
+    """A communicator of one rank that fuses rows of an even length, by the reference."""
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.fused: list[int] = []
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def try_all_reduce_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        self.fused.append(x.shape[1])
+        return None if x.shape[1] % 2 else add_rms_norm(x, residual, weight, eps)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out", [6, 7])
+def test_row_then_norm(out: int, bias: bool) -> None:
+    """Cut, fused or alone: the sum, the residual and the norm; a bias is never left out."""
+    x, residual, weight, gain = (
+        torch.randn(5, 11),
+        torch.randn(5, out),
+        torch.randn(out, 11),
+        torch.randn(out),
+    )
+    offset = torch.randn(out) if bias else None
+    wanted = add_rms_norm(F.linear(x, weight, offset), residual, gain, 1e-5)
+
+    def rank(tp: TensorComm) -> torch.Tensor:
+        start, stop = split_range(11, tp.size, tp.rank)
+        row = RowParallelLinear(weight[:, start:stop], offset, tp)
+        return torch.stack(row.add_norm(x[:, start:stop], residual, gain, 1e-5))
+
+    fusing = Fusing()
+    for found in [*on_ranks(3, rank), rank(fusing)]:  # type: ignore[arg-type]
+        torch.testing.assert_close(found, torch.stack(wanted), atol=1e-5, rtol=1e-5)
+    assert fusing.fused == ([] if bias else [out])
