@@ -146,6 +146,7 @@ class LLM:
         forgets.
         """
         if not self._closed and not self._in_use:
+            self._runner.release()
             self._channels.close()
             self._control.close()
         self._closed = True

@@ -79,6 +79,10 @@ class ModelRunner:
         self._prompts = PromptGraphs(self._prompt, max_tokens, padding_slot, pool, self._device)
         self._decodes = DecodeGraphs(self._decode, max_num_seqs, padding_slot, pool, self._device)
 
+    def release(self) -> None:
+        """Forget the captured steps. Before the communicators close: NCCL waits until no graph holds them."""
+        self._decodes = self._prompts = None
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> None:
         """Run this rank's part of one step.
