@@ -109,7 +109,7 @@ class Decoder:
         return self.embedding(token_ids)
 
     def forward(self, hidden: torch.Tensor, batch: TokenBatch, kv_cache: torch.Tensor) -> torch.Tensor:
-        """This stage's layers. hidden: [num_tokens, hidden_size], left as it is; returns the same shape.
+        """This stage's layers. hidden: [num_tokens, hidden_size], changed in place and returned.
 
         Writes the KV of the batch's tokens into kv_cache (kv_cache_shape). Collective: every rank of tp, two
         all_reduces per layer.
@@ -123,7 +123,7 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last stage only. hidden: [num_rows, hidden_size], of the rows that sample.
 
-        Returns [num_rows, vocab_size] in their dtype on every rank of tp. Collective: all of them, one all_gather.
+        Returns [num_rows, vocab_size] in their dtype on every rank of tp. Collective: all, one all_gather.
         """
         return self.head(hidden)
 

@@ -1,7 +1,8 @@
 """Linear layers cut over tensor-parallel ranks: local weights plus the collective that completes the result.
 
-Between them runs the residual stream: a column-parallel linear reads it through a norm, a row-parallel one adds to
-it. Each class says which shard of `sharding.py` it is fed with. Knows no model: names and sizes come from the caller.
+Between them runs the residual stream: a column-parallel linear reads it through a norm, a row-parallel one
+adds to it. Each class says which shard of `sharding.py` it is fed with. Knows no model: names and sizes come
+from the caller.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from distllm.kernels import linear_add, norm_linear, norm_linear_silu_mul
 
 @dataclass(frozen=True)
 class ColumnParallelLinear:
-    """y = norm(x) Wᵀ + b with the output features cut (`column_shards`): the result stays cut, nothing is sent."""
+    """y = norm(x) Wᵀ + b with the output features cut (`column_shards`): the result stays cut."""
 
     weight: torch.Tensor  # [local_out, in]
     bias: torch.Tensor | None  # [local_out]
@@ -46,13 +47,13 @@ class RowParallelLinear:
     tp: TensorComm
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """x: [num_tokens, local_in]; residual: [num_tokens, out], left as it is. Returns [num_tokens, out], the
-        same bits on every rank.
+        """x: [num_tokens, local_in]; residual: [num_tokens, out], added to in place and returned, the same
+        bits on every rank.
 
         Collective: one all_reduce of [num_tokens, out] by every rank of tp.
         """
         if self.tp.size == 1:
             return linear_add(x, self.weight, self.bias, residual)
-        y = self.tp.all_reduce(F.linear(x, self.weight)).add_(residual)
+        residual.add_(self.tp.all_reduce(F.linear(x, self.weight)))
         # After the sum: added before it, the bias would count once for each rank.
-        return y if self.bias is None else y.add_(self.bias)
+        return residual if self.bias is None else residual.add_(self.bias)

@@ -30,5 +30,5 @@ def norm_linear_silu_mul(
 def linear_add(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
 ) -> torch.Tensor:
-    """x Wᵀ + b + residual. residual: [num_tokens, rows], left as it is."""
-    return F.linear(x, weight, bias) + residual
+    """residual + x Wᵀ + b. residual: [num_tokens, rows], added to in place, and returned."""
+    return residual.add_(F.linear(x, weight, bias))
