@@ -1,1 +1,1 @@
-"""Triton kernels with the signatures of `kernels.reference`. Chosen by `kernels`, never imported elsewhere."""
+"""Triton kernels with the signatures of `kernels.reference`. Chosen by `kernels`, imported nowhere else."""

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from distllm.kernels.batch import TokenBatch
+from distllm.kernels.triton.launch import OVERLAP, wait_for_inputs
 
 TOKENS = 256  # of one program
 
@@ -27,6 +28,7 @@ def _gather_kernel(
     TOKENS: tl.constexpr,
 ):
     """Program (row, chunk) writes TOKENS tokens of its row; chunk 0 also the row's length and block table."""
+    wait_for_inputs()
     row, chunk = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row)
     start = tl.load(num_computed + slot)
@@ -68,6 +70,6 @@ def gather_batch(
     chunks = triton.cdiv(num_tokens, TOKENS)  # one row may have all tokens
     _gather_kernel[(num_rows, chunks)](
         num_computed, block_table, slots, cu_seqlens_q, batch.positions, batch.slot_mapping, token_slots,
-        batch.seq_lens, batch.block_table, width, block_size, TOKENS, num_warps=4,
+        batch.seq_lens, batch.block_table, width, block_size, TOKENS, num_warps=4, **OVERLAP,
     )  # fmt: skip
     return batch, token_slots

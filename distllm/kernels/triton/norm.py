@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from distllm.kernels.triton.launch import OVERLAP, wait_for_inputs
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -14,6 +16,8 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, BLOCK)
     inside = columns < width
+    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)  # no kernel of a step writes it
+    wait_for_inputs()
     dtype = out.dtype.element_ty
     wide = tl.load(x + row + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -22,7 +26,6 @@ def _rms_norm_kernel(
         tl.store(total + row + columns, stored, mask=inside)
         wide = stored.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / width + eps)
-    gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row + columns, ((wide * scale).to(dtype).to(tl.float32) * gain).to(dtype), mask=inside)
 
 
@@ -44,6 +47,7 @@ def _launch(
         residual is not None,
         block,
         num_warps=max(4, min(16, block // 512)),
+        **OVERLAP,
     )
     return out, total
 

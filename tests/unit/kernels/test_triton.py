@@ -18,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 from distllm.kernels.reference import activation, attention, gather, norm, rope, sampling  # noqa: E402
 from distllm.kernels.triton import activation as triton_activation  # noqa: E402
 from distllm.kernels.triton import attention as triton_attention  # noqa: E402
+from distllm.kernels.triton import decode_attention, prefill_attention  # noqa: E402
 from distllm.kernels.triton import gather as triton_gather  # noqa: E402
 from distllm.kernels.triton import linear as triton_linear  # noqa: E402
 from distllm.kernels.triton import norm as triton_norm  # noqa: E402
@@ -127,7 +128,8 @@ def test_paged_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if DEVICE == "cpu":  # fewer programs, each of which the interpreter runs in turn
-        monkeypatch.setattr(triton_attention, "PROGRAMS_WANTED", 4 * kv_heads * len(contexts))
+        monkeypatch.setattr(decode_attention, "PROGRAMS_WANTED", 4 * kv_heads * len(contexts))
+    monkeypatch.setattr(prefill_attention, "LONG_ROW", 100)  # both sizes of tiles
     torch.manual_seed(0)
     batch, num_blocks = make_batch(random.Random(1), block_size, contexts, queries)
     cache = randn(2, num_blocks, block_size, kv_heads, head_dim, dtype=dtype)
@@ -148,7 +150,7 @@ def test_gemv(dtype: torch.dtype, rows: int, width: int, normed: bool, gated: bo
     want = wide @ weight.float().T + bias.float()
     want = (activation.silu_mul(want) if gated else want) + residual.float()
     got = triton_linear.gemv(
-        x, weight, bias, norm=gain if normed else None, eps=1e-5, gated=gated, residual=residual
+        x, weight, bias, norm=(gain, 1e-5) if normed else None, gated=gated, residual=residual.clone()
     )
     scale = float(want.abs().max())
     close(got / scale, want / scale, dtype)
@@ -192,3 +194,14 @@ def test_sample_tokens(dtype: torch.dtype, vocab: int, truncates: bool) -> None:
     got = triton_sampling.sample_tokens(logits, *args, truncates=truncates)
     want = sampling.sample_tokens(logits.float(), *args, truncates=truncates)
     assert torch.equal(got, want)
+
+
+def test_largest_noise_is_finite() -> None:
+    """Seed 55 draws the largest uniform for entry 644: 17.33 of noise, less than a logit of 30."""
+    logits = torch.zeros(1, 4096, device=DEVICE)
+    logits[0, 7] = 30.0
+    one, none = torch.ones(1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    args = (one, none, one, one * 0, none + 55, none)
+    assert triton_sampling.sample_tokens(logits, *args, truncates=False).item() == 7
+    logits[0, 7] = 0.0
+    assert triton_sampling.sample_tokens(logits, *args, truncates=False).item() == 644
