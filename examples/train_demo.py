@@ -314,7 +314,7 @@ Temperature 0.75, top-p 0.95, {length} tokens with the prompt:
 
 It is there to show and to test an inference runtime on any machine. It knows nothing but old tales: it
 answers no questions, loses the thread after a few sentences, and repeats the cruelties and prejudices of its
-source, of which it knows whole sentences by heart.
+source.
 """
 DETERMINISM = (
     "The seed fixes every random choice and torch runs its deterministic kernels: two short runs side by "
