@@ -23,7 +23,7 @@ unit: .venv/ready
 	pytest tests/unit
 
 gpu-test:
-	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	$(GPU_PYTHON) -m pytest tests/gpu tests/kernels
 
 lint: .venv/ready
 	ruff check

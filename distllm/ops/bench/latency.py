@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from distllm.errors import ConfigError
@@ -115,7 +115,7 @@ def _decode(
     step = summarize(steps[workload.num_iters_warmup :])
     context_len = input_len + ramp + workload.output_len / 2
     floor = floors.decode_step_s(batch_size, context_len)
-    gaps = summarize(_token_gaps_s(llm, prompts, workload.output_len))
+    gaps = replace(summarize(_token_gaps_s(llm, prompts, workload.output_len)), raw=[])  # too many to keep
     return DecodeResult(batch_size, input_len, context_len, step, floor, 100 * floor / step.median, gaps)
 
 
