@@ -5,10 +5,13 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --con
 TORCH := $(shell grep '^torch==' constraints.txt)
 MPICH := $(shell grep '^mpich==' constraints.txt)
 
+# Has CUDA's torch and distllm[cuda13] installed; looked up before .venv comes first on PATH, which has neither.
+GPU_PYTHON := $(shell command -v python3)
+
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint unit clean
+.PHONY: demo test lint unit gpu-test clean
 
 demo: .venv/ready
 	launch/mpirun.sh -n 4 python examples/demo.py
@@ -18,6 +21,9 @@ test: lint .mpich/ready
 
 unit: .venv/ready
 	pytest tests/unit
+
+gpu-test:
+	$(GPU_PYTHON) -m pytest tests/gpu tests/kernels
 
 lint: .venv/ready
 	ruff check

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from distllm.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
 MAX_BLOCK_SIZE = 1024
 
 
@@ -18,28 +19,37 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     dtype: str = "auto"  # the checkpoint's on a GPU, float32 on a CPU
+    load_format: str = "auto"  # "dummy": random weights, from config.json alone
     seed: int = 0  # of the requests that bring none
     max_model_len: int | None = None  # prompt and generated tokens of one sequence
     max_num_seqs: int = 256  # sequences that run at the same time
-    max_num_batched_tokens: int = 2048  # of one step; longer prompts are computed in chunks
+    max_num_batched_tokens: int = 8192  # of one step; longer prompts are computed in chunks
     block_size: int = 16  # tokens per KV block
     enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None  # per rank
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, KV cache and the step itself
+    enforce_eager: bool = False  # no CUDA graphs: the slow, obvious path
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.load_format not in LOAD_FORMATS:
+            raise ConfigError(
+                f"load_format is {self.load_format!r}; it must be one of {', '.join(LOAD_FORMATS)}"
+            )
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"block_size is {self.block_size}; it must be between 1 and {MAX_BLOCK_SIZE}")
-        for name in ("max_model_len", "kv_cache_memory_bytes"):
-            if getattr(self, name) is not None:
-                self._check_positive(name)
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
+        for name in ("max_model_len", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens"):
             self._check_positive(name)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0 and at most 1"
+            )
 
     def _check_positive(self, name: str) -> None:
-        if not 1 <= getattr(self, name) < 2**40:
-            raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        value = getattr(self, name)
+        if value is not None and not 1 <= value < 2**40:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
 
     def resolve(self, max_position_embeddings: int) -> EngineConfig:
         """Fill max_model_len from the model, or check it against the model's window."""

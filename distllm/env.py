@@ -60,6 +60,14 @@ def timeout_s(environ: Mapping[str, str] = os.environ) -> float:
     return seconds
 
 
+def gpus_disabled(environ: Mapping[str, str] = os.environ) -> bool:
+    """DISTLLM_DEVICE=cpu: compute on the CPU although there are GPUs. Unset or empty: on the GPUs, if any."""
+    device = environ.get("DISTLLM_DEVICE", "")
+    if device not in ("", "cpu"):
+        raise ConfigError(f"DISTLLM_DEVICE is {device!r}; leave it unset to use the GPUs, or set it to cpu")
+    return device == "cpu"
+
+
 def _integer(environ: Mapping[str, str], name: str) -> int | None:
     text = environ.get(name, "")
     return int(text) if text.isdecimal() else None

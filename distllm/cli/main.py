@@ -13,6 +13,7 @@ import click
 
 from distllm import __version__, env
 from distllm.cli import logs
+from distllm.cli.bench import bench
 from distllm.cli.build import build
 from distllm.cli.env import show_env
 from distllm.cli.generate import generate
@@ -36,7 +37,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (generate, build, plan, show_env):
+for command in (generate, build, plan, bench, show_env):
     cli.add_command(command)
 
 

@@ -28,10 +28,15 @@ class WeightSource(Protocol):
         ...
 
 
-def open_source(path: Path) -> WeightSource:
-    """The weights of a model folder. Raises CheckpointError if anything is missing or unfit."""
+def open_source(path: Path, load_format: str = "auto") -> WeightSource:
+    """The weights of a model folder; "dummy" makes them up. Raises CheckpointError if anything is missing or
+    unfit.
+    """
     from distllm.engine.checkpoint import HFCheckpoint
     from distllm.engine.directory import EngineDirectory
+    from distllm.engine.dummy import DummySource
     from distllm.engine.resolve import is_engine
 
+    if load_format == "dummy":
+        return DummySource(path)
     return EngineDirectory(path) if is_engine(path) else HFCheckpoint(path)

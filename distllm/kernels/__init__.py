@@ -1,25 +1,53 @@
 """The operations of a step, one function each. Knows tensors; never layers, ranks or requests.
 
-Callers import from here: which implementation runs is decided in this file, by device. Today it is the plain
-torch reference, on any device.
+Callers import from here. On a GPU a Triton kernel runs, elsewhere the plain torch reference: chosen in this
+file, by where the first argument lies. Contracts stand at the references.
 """
 
-from distllm.kernels.reference.activation import silu_mul
-from distllm.kernels.reference.attention import paged_attention
-from distllm.kernels.reference.embedding import embed
-from distllm.kernels.reference.gather import gather_batch
-from distllm.kernels.reference.norm import add_rms_norm, rms_norm
-from distllm.kernels.reference.rope import rope_and_cache_kv
-from distllm.kernels.reference.sampling import sample_tokens, token_logprobs
+from __future__ import annotations
 
-__all__ = [
-    "add_rms_norm",
-    "embed",
-    "gather_batch",
-    "paged_attention",
-    "rms_norm",
-    "rope_and_cache_kv",
-    "sample_tokens",
-    "silu_mul",
-    "token_logprobs",
-]
+from collections.abc import Callable
+from functools import cache, wraps
+from importlib import import_module
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from distllm.kernels.reference import activation, attention, embedding, gather, norm, rope, sampling
+from distllm.kernels.reference import linear as linears
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@cache
+def _triton(module: str, name: str) -> Callable[..., Any]:
+    """Loaded on first use: a machine without a GPU needs no Triton."""
+    return getattr(import_module(f"distllm.kernels.triton.{module}"), name)
+
+
+def _by_device(reference: Callable[P, R]) -> Callable[P, R]:
+    module, name = reference.__module__.rsplit(".", 1)[1], reference.__name__
+
+    @wraps(reference)
+    def operation(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, torch.Tensor), "the first argument decides the device"
+        return (_triton(module, name) if first.is_cuda else reference)(*args, **kwargs)
+
+    return operation
+
+
+add_rms_norm = _by_device(norm.add_rms_norm)
+embed = embedding.embed
+gather_batch = _by_device(gather.gather_batch)
+linear = _by_device(linears.linear)
+linear_add = _by_device(linears.linear_add)
+linear_silu_mul = _by_device(linears.linear_silu_mul)
+paged_attention = _by_device(attention.paged_attention)
+rms_norm = _by_device(norm.rms_norm)
+rope_and_cache_kv = _by_device(rope.rope_and_cache_kv)
+rope_cos_sin = _by_device(rope.rope_cos_sin)
+sample_tokens = _by_device(sampling.sample_tokens)
+silu_mul = _by_device(activation.silu_mul)
+token_logprobs = sampling.token_logprobs

@@ -11,13 +11,19 @@ from dataclasses import dataclass
 import torch
 
 from distllm.comm.base import TensorComm
-from distllm.kernels import add_rms_norm, paged_attention, rms_norm, rope_and_cache_kv, silu_mul
+from distllm.kernels import paged_attention, rope_and_cache_kv, rope_cos_sin
 from distllm.kernels.batch import TokenBatch
-from distllm.models.rope import rope_cos_sin, rope_frequencies
+from distllm.models.rope import rope_frequencies
 from distllm.models.shards import EMBED, FINAL_NORM, head_name, local_heads, local_kv_heads, stage_layers
 from distllm.models.spec import DecoderSpec
 from distllm.parallel.layout import RankLayout
-from distllm.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from distllm.parallel.linear import (
+    ColumnParallelLinear,
+    GatedColumnParallelLinear,
+    Norm,
+    RowParallelLinear,
+    Stream,
+)
 from distllm.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 
 Weights = dict[str, torch.Tensor]
@@ -34,27 +40,33 @@ class Attention:
     head_dim: int
 
     def __call__(
-        self, x: torch.Tensor, cos_sin: torch.Tensor, batch: TokenBatch, kv_cache_layer: torch.Tensor
-    ) -> torch.Tensor:
+        self,
+        stream: Stream,
+        next_norm: Norm,
+        cos_sin: torch.Tensor,
+        batch: TokenBatch,
+        kv_cache_layer: torch.Tensor,
+    ) -> Stream:
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
-        q = rope_and_cache_kv(self.qkv(x), cos_sin, batch, kv_cache_layer, *heads)
-        return self.out(paged_attention(q, kv_cache_layer, batch, self.head_dim**-0.5))
+        q = rope_and_cache_kv(self.qkv(stream), cos_sin, batch, kv_cache_layer, *heads)
+        mixed = paged_attention(q, kv_cache_layer, batch, self.head_dim**-0.5)
+        return self.out(mixed, stream, next_norm)
 
 
 @dataclass(frozen=True)
 class GatedMLP:
-    gate_up: ColumnParallelLinear
+    gate_up: GatedColumnParallelLinear
     down: RowParallelLinear
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(silu_mul(self.gate_up(x)))
+    def __call__(self, stream: Stream, next_norm: Norm | None) -> Stream:
+        return self.down(self.gate_up(stream), stream, next_norm)
 
 
 @dataclass(frozen=True)
 class Layer:
-    attn_norm: torch.Tensor
+    """Two blocks, each of which reads the residual stream through its norm and adds to it."""
+
     attn: Attention
-    mlp_norm: torch.Tensor
     mlp: GatedMLP
 
 
@@ -67,30 +79,31 @@ class Decoder:
         self.num_heads = _length(local_heads(spec, layout))
         self.num_kv_heads = _length(local_kv_heads(spec, layout))
         self.layers = [self._layer(weights, f"layers.{n}") for n in stage_layers(spec, layout)]
-        device = self.layers[0].attn_norm.device
+        device = self.layers[0].attn.qkv.weight.device
         self.frequencies = rope_frequencies(spec.rope, spec.head_dim).to(device)
         if layout.is_first_stage:
             self.embedding = VocabParallelEmbedding(weights[EMBED], tp)
         if layout.is_last_stage:
-            self.final_norm = weights[FINAL_NORM]
-            self.head = VocabParallelHead(weights[head_name(spec)], spec.vocab_size, tp)
+            norm = Norm(weights[FINAL_NORM], spec.norm_eps)
+            self.head = VocabParallelHead(weights[head_name(spec)], norm, spec.vocab_size, tp)
 
     def _layer(self, weights: Weights, at: str) -> Layer:
+        attn_norm = Norm(weights[f"{at}.attn_norm.weight"], self.spec.norm_eps)
+        mlp_norm = Norm(weights[f"{at}.mlp_norm.weight"], self.spec.norm_eps)
+        qkv, gate_up = _linear(weights, f"{at}.attn.qkv"), _linear(weights, f"{at}.mlp.gate_up")
         return Layer(
-            attn_norm=weights[f"{at}.attn_norm.weight"],
             attn=Attention(
-                qkv=_column(weights, f"{at}.attn.qkv"),
-                out=self._row(weights, f"{at}.attn.o"),
+                qkv=ColumnParallelLinear(*qkv, attn_norm),
+                out=RowParallelLinear(*_linear(weights, f"{at}.attn.o"), self.tp),
                 num_heads=self.num_heads,
                 num_kv_heads=self.num_kv_heads,
                 head_dim=self.spec.head_dim,
             ),
-            mlp_norm=weights[f"{at}.mlp_norm.weight"],
-            mlp=GatedMLP(_column(weights, f"{at}.mlp.gate_up"), self._row(weights, f"{at}.mlp.down")),
+            mlp=GatedMLP(
+                gate_up=GatedColumnParallelLinear(*gate_up, mlp_norm),
+                down=RowParallelLinear(*_linear(weights, f"{at}.mlp.down"), self.tp),
+            ),
         )
-
-    def _row(self, weights: Weights, name: str) -> RowParallelLinear:
-        return RowParallelLinear(weights[f"{name}.weight"], weights.get(f"{name}.bias"), self.tp)
 
     def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         """[layers of this stage, keys and values, blocks, tokens, KV heads of this rank, head_dim].
@@ -107,31 +120,31 @@ class Decoder:
         return self.embedding(token_ids)
 
     def forward(self, hidden: torch.Tensor, batch: TokenBatch, kv_cache: torch.Tensor) -> torch.Tensor:
-        """This stage's layers. hidden: [num_tokens, hidden_size], left as it is; returns the same shape.
+        """This stage's layers. hidden: [num_tokens, hidden_size], may be written over; returns the same
+        shape.
 
         Writes the KV of the batch's tokens into kv_cache (kv_cache_shape). Collective: every rank of tp, two
         all_reduces per layer.
         """
         cos_sin = rope_cos_sin(self.frequencies, batch.positions)
-        eps = self.spec.norm_eps
-        x, residual = torch.zeros_like(hidden), hidden
-        for layer, kv_cache_layer in zip(self.layers, kv_cache, strict=True):
-            x, residual = add_rms_norm(x, residual, layer.attn_norm, eps)
-            x = layer.attn(x, cos_sin, batch, kv_cache_layer)
-            x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = layer.mlp(x)
-        return x + residual
+        stream = Stream(hidden)
+        next_norms = [layer.attn.qkv.norm for layer in self.layers[1:]] + [None]
+        for layer, next_norm, kv_cache_layer in zip(self.layers, next_norms, kv_cache, strict=True):
+            stream = layer.attn(stream, layer.mlp.gate_up.norm, cos_sin, batch, kv_cache_layer)
+            stream = layer.mlp(stream, next_norm)
+        return stream.hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last stage only. hidden: [num_rows, hidden_size], of the rows that sample.
 
-        Returns [num_rows, vocab_size] fp32 on every rank of tp. Collective: all of them, one all_gather.
+        Returns [num_rows, vocab_size] in their dtype on every rank of tp. Collective: all of them, one
+        all_gather.
         """
-        return self.head(rms_norm(hidden, self.final_norm, self.spec.norm_eps))
+        return self.head(hidden)
 
 
-def _column(weights: Weights, name: str) -> ColumnParallelLinear:
-    return ColumnParallelLinear(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+def _linear(weights: Weights, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return weights[f"{name}.weight"], weights.get(f"{name}.bias")
 
 
 def _length(span: tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""Rotary frequencies of a RopeSpec, and the cosines and sines of given positions."""
+"""Rotary frequencies of a RopeSpec."""
 
 from __future__ import annotations
 
@@ -29,9 +29,3 @@ def _llama3(freqs: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return freqs * (keep + (1 - keep) / scaling.factor)
-
-
-def rope_cos_sin(frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Cosines, then sines, of each token: [num_tokens, head_dim] fp32. positions: [num_tokens] int."""
-    angles = positions[:, None].float() * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -7,20 +7,25 @@ import torch
 from distllm.comm.base import Control
 from distllm.config import EngineConfig
 from distllm.errors import ConfigError
+from distllm.models.spec import DecoderSpec
 
-DEFAULT_LIMIT_BYTES = 2**30  # per rank, where kv_cache_memory_bytes is not given
+CPU_LIMIT_BYTES = 2**30  # per rank, where kv_cache_memory_bytes is not given
+GRAPH_BYTES = 2**30  # captured steps keep their intermediate tensors
 
 
-def kv_block_count(config: EngineConfig, block_bytes: int, control: Control) -> int:
+def kv_block_count(
+    config: EngineConfig, spec: DecoderSpec, block_bytes: int, control: Control, device: torch.device
+) -> int:
     """Blocks that fit on every rank. block_bytes: of one block on this rank, all layers of its stage.
 
-    Collective: every rank of control. Raises ConfigError (on all) if one sequence of max_model_len does not
-    fit.
+    Collective: every rank of control, with its weights loaded. Raises ConfigError (on all) if one sequence of
+    max_model_len does not fit.
     """
     per_seq = -(-config.context_len // config.block_size)
-    wanted = config.max_num_seqs * per_seq
-    limit = (config.kv_cache_memory_bytes or DEFAULT_LIMIT_BYTES) // block_bytes
-    mine = limit if config.kv_cache_memory_bytes else min(wanted, limit)
+    room = config.kv_cache_memory_bytes or _free_bytes(config, spec, device)
+    mine = room // block_bytes
+    if not config.kv_cache_memory_bytes:
+        mine = min(mine, config.max_num_seqs * per_seq)
     num_blocks = min(int(count) for count in control.all_gather_bytes(str(mine).encode()))
     if num_blocks < per_seq:
         raise ConfigError(
@@ -31,6 +36,23 @@ def kv_block_count(config: EngineConfig, block_bytes: int, control: Control) -> 
     return num_blocks
 
 
+def _free_bytes(config: EngineConfig, spec: DecoderSpec, device: torch.device) -> int:
+    """What is left of this rank's share of the device after weights, the largest step and the graphs."""
+    if device.type != "cuda":
+        return CPU_LIMIT_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    used = total - free
+    graphs = 0 if config.enforce_eager else GRAPH_BYTES
+    return max(0, int(total * config.gpu_memory_utilization) - used - graphs - _step_bytes(config, spec))
+
+
+def _step_bytes(config: EngineConfig, spec: DecoderSpec) -> int:
+    """Upper bound of a step's tensors: some hidden states and one MLP of every token, logits of every row."""
+    per_token = 2 * (8 * spec.hidden_size + 3 * spec.intermediate_size)
+    per_row = 10 * spec.vocab_size  # in the model's dtype, and twice in fp32 where a row truncates
+    return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_row
+
+
 def allocate_kv_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The KV cache of one rank. Zeroed: the pages exist before the first step needs them."""
+    """The KV cache of one rank. Zeroed: attention multiplies unwritten places by zero, and 0 · NaN is NaN."""
     return torch.zeros(shape, dtype=dtype, device=device)

@@ -16,8 +16,16 @@ import torch
 
 from distllm.comm.agree import agree
 from distllm.comm.connect import open_channels, open_control
+from distllm.comm.devices import select_device
 from distllm.config import EngineConfig
-from distllm.engine import WeightSource, eos_token_ids, load_weights, open_source, resolve_model
+from distllm.engine import (
+    WeightSource,
+    dummy_weights,
+    eos_token_ids,
+    load_weights,
+    open_source,
+    resolve_model,
+)
 from distllm.engine.tokenizer import load_tokenizer
 from distllm.errors import DistllmError, RequestError, UserError
 from distllm.models.decoder import Decoder
@@ -138,6 +146,7 @@ class LLM:
         forgets.
         """
         if not self._closed and not self._in_use:
+            self._runner.release()
             self._channels.close()
             self._control.close()
         self._closed = True
@@ -160,26 +169,39 @@ class LLM:
         layout = RankLayout(config.tensor_parallel_size, config.pipeline_parallel_size)
         layout.check_world_size(control.size)
         self.layout = layout.at(control.rank)
-        source = agree(control, lambda: open_source(resolve_model(config.model)))
+        source = agree(control, lambda: open_source(resolve_model(config.model), config.load_format))
         check_layout(source.spec, self.layout)
-        self.config = config = config.resolve(source.spec.max_position_embeddings)
-        self._channels = open_channels(control, self.layout)
-        self._runner, num_blocks = self._load(source)
+        device = select_device(control)
+        self.config = config.resolve(source.spec.max_position_embeddings)
+        self._channels = open_channels(control, self.layout, device)
+        self._runner, num_blocks = self._load(source, device)
         agree(control, lambda: self._start_coordinator(source, num_blocks) if self.is_root else None)
         what = f"{source.path.name}: {layout.equation}, {num_blocks} KV blocks of {config.block_size} tokens"
         logger.info("%s, ready in %.1f s", what, time.perf_counter() - started)
 
-    def _load(self, source: WeightSource) -> tuple[ModelRunner, int]:
+    def _load(self, source: WeightSource, device: torch.device) -> tuple[ModelRunner, int]:
         control, config, spec = self._control, self.config, source.spec
-        device, dtype = torch.device("cpu"), resolve_dtype(config.dtype)
+        dtype = resolve_dtype(config.dtype, spec.dtype, device)
+        self.spec, self.device, self.dtype = spec, device, dtype
         shards = shard_table(spec, self.layout)
-        weights = agree(control, lambda: load_weights(source, shards, dtype, device, self._progress))
+        load = dummy_weights if config.load_format == "dummy" else load_weights
+        weights = agree(control, lambda: load(source, shards, dtype, device, self._progress))
         decoder = Decoder(spec, self.layout, weights, self._channels.tp)
         block_bytes = math.prod(decoder.kv_cache_shape(1, config.block_size)) * dtype.itemsize
-        num_blocks = kv_block_count(config, block_bytes, control)
-        kv_cache = allocate_kv_cache(decoder.kv_cache_shape(num_blocks, config.block_size), dtype, device)
-        tables = SlotTables(config.max_num_seqs, config.context_len, config.block_size, device)
-        return ModelRunner(decoder, self.layout, self._channels, tables, kv_cache), num_blocks
+        num_blocks = kv_block_count(config, spec, block_bytes, control, device)
+        kv_shape = decoder.kv_cache_shape(num_blocks + 1, config.block_size)  # one for padding rows
+        kv_cache = allocate_kv_cache(kv_shape, dtype, device)
+        tables = SlotTables(
+            config.max_num_seqs,
+            config.context_len,
+            config.block_size,
+            padding_block=num_blocks,
+            device=device,
+        )
+        runner = ModelRunner(decoder, self.layout, self._channels, tables, kv_cache)
+        if device.type == "cuda" and not config.enforce_eager:
+            runner.capture(config.max_num_seqs, min(config.max_num_batched_tokens, config.context_len))
+        return runner, num_blocks
 
     def _start_coordinator(self, source: WeightSource, num_blocks: int) -> None:
         config = self.config
@@ -234,6 +256,11 @@ class LLM:
         self._in_use = False
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """ "auto" is float32: CPUs have no fast bf16, and in fp32 every layout gives the same tokens."""
-    return torch.float32 if name == "auto" else getattr(torch, name)
+def resolve_dtype(name: str, of_checkpoint: str, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's on a GPU. On a CPU it is float32: CPUs have no fast bf16, and in fp32 every
+    layout gives the same tokens.
+    """
+    if name == "auto":
+        name = of_checkpoint if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,13 +1,15 @@
 """ModelRunner: one rank's share of a step. StepPlan in, StepResult out (on rank 0).
 
-Owns the slot tables and the KV cache. Every collective that it enters, and every shape, follows from the
-plans it was given, in their order. Knows no request; called by the worker and the coordinator loops.
+Owns the slot tables and the KV cache. A step of plain decodes is one CUDA graph where there is a GPU; any
+other step, and every step on a CPU, runs operation by operation through the same functions. Every
+collective that it enters, and every shape, follows from the plans it was given, in their order. Knows no
+request; called by the worker and the coordinator loops.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,10 +18,11 @@ from distllm.kernels import gather_batch
 from distllm.kernels.batch import TokenBatch
 from distllm.models.decoder import Decoder
 from distllm.parallel.layout import RankLayout
+from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs
 from distllm.runtime.plan import StepPlan, StepResult, TokenLogprobs
-from distllm.runtime.sampler import Sampled, num_top_logprobs, sample
+from distllm.runtime.sampler import Sampled, num_top_logprobs, sample, sample_plain
 from distllm.runtime.slots import SlotTables
-from distllm.runtime.staging import to_device
+from distllm.runtime.staging import HostCopy, to_device
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class _SampledRows:
     slots: list[int]
     num_top: int  # log-probabilities asked for, −1 for none
     positions: torch.Tensor  # [n] int64
+
+
+@dataclass(frozen=True)
+class _DecodeOutput:
+    """Of a captured step; overwritten by its next replay."""
+
+    positions: torch.Tensor  # [n] int64, of the sampled tokens
+    result: torch.Tensor  # token ids [n] int64 on the last stage, hidden states [n, hidden_size] elsewhere
 
 
 class ModelRunner:
@@ -48,8 +59,29 @@ class ModelRunner:
         self._tables = tables
         self._kv_cache = kv_cache
         self._device = kv_cache.device
+        self._decodes: DecodeGraphs[_DecodeOutput] | None = None
+        self._prompts: PromptGraphs[tuple[TokenBatch, torch.Tensor]] | None = None
+        self._hidden_in: torch.Tensor | None = None  # where captured steps of later stages read
         self._in_flight: deque[_SampledRows] = deque()  # first stage, pp > 1: sampled, not received
-        self._results: dict[int, tuple[_SampledRows, Sampled]] = {}  # rank 0: received, not read
+        self._results: dict[int, tuple[_SampledRows, HostCopy]] = {}  # rank 0: received, not read
+
+    @torch.inference_mode()
+    def capture(self, max_num_seqs: int, max_tokens: int) -> None:
+        """Capture decodes of up to max_num_seqs rows and prompt steps of up to max_tokens tokens.
+
+        Collective: every rank of the engine.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        padding_slot = self._tables.padding_slot
+        if not self._layout.is_first_stage:
+            rows = max(max_num_seqs, max_tokens)
+            self._hidden_in = self._kv_cache.new_empty(rows, self._decoder.spec.hidden_size)
+        self._prompts = PromptGraphs(self._prompt, max_tokens, padding_slot, pool, self._device)
+        self._decodes = DecodeGraphs(self._decode, max_num_seqs, padding_slot, pool, self._device)
+
+    def release(self) -> None:
+        """Forget the captured steps. Before the communicators close: NCCL waits until no graph holds them."""
+        self._decodes = self._prompts = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> None:
@@ -70,36 +102,94 @@ class ModelRunner:
         """
         if step not in self._results:
             return StepResult(step, [])
-        rows, sampled = self._results.pop(step)
-        token_ids = sampled.token_ids.tolist()
-        if sampled.logprobs is None or sampled.top_ids is None:
-            return StepResult(step, token_ids)
-        entries = zip(rows.slots, sampled.logprobs.tolist(), sampled.top_ids.tolist(), strict=True)
-        return StepResult(step, token_ids, [self._logprobs(*entry) for entry in entries])
+        rows, copy = self._results.pop(step)
+        token_ids, *logprobs = copy.wait()
+        if not logprobs:
+            return StepResult(step, token_ids.tolist())
+        values, top_ids = logprobs
+        entries = zip(rows.slots, values.tolist(), top_ids.tolist(), strict=True)
+        return StepResult(step, token_ids.tolist(), [self._logprobs(*entry) for entry in entries])
 
     def _run_rows(self, plan: StepPlan) -> None:
-        batch, token_slots = self._gather(plan)
-        hidden = self._decoder.forward(self._stage_input(batch, token_slots), batch, self._kv_cache)
-        if not self._layout.is_last_stage:
-            self._channels.pipe.send(hidden, self._layout.pp_rank + 1)
+        if self._decodes is not None and plan.is_plain_decode(self._tables.sampling):
+            self._replay_decode(plan, self._decodes)
+            return
+        batch, hidden = self._forward_rows(plan)
+        self._send_hidden(hidden)
         if plan.sampled_slots:
             self._sample(plan, batch, hidden)
 
-    def _gather(self, plan: StepPlan) -> tuple[TokenBatch, torch.Tensor]:
-        tables = self._tables
-        slots = to_device(plan.slots, torch.int64, self._device)
-        cu_seqlens = to_device(plan.cu_seqlens, torch.int32, self._device)
-        batch, token_slots = gather_batch(
-            tables.num_computed, tables.block_table, slots, cu_seqlens, plan.num_tokens, tables.block_size
-        )
-        tables.num_computed[slots] = batch.seq_lens.long()
-        return batch, token_slots
+    def _forward_rows(self, plan: StepPlan) -> tuple[TokenBatch, torch.Tensor]:
+        """The rows through this stage's layers; rows and tokens of a captured step are followed by
+        padding.
+        """
+        hidden = self._receive_hidden(plan)
+        if self._prompts is None or not self._prompts.fits(plan.num_rows, plan.num_tokens):
+            slots = to_device(plan.slots, torch.int64, self._device)
+            cu_seqlens = to_device(plan.cu_seqlens, torch.int32, self._device)
+            return self._forward(slots, cu_seqlens, plan.num_tokens, hidden)
+        if hidden is not None and self._hidden_in is not None:
+            self._hidden_in[: plan.num_tokens] = hidden
+        batch, hidden = self._prompts.replay(plan.slots, plan.cu_seqlens)
+        # Sent on, it would be overwritten by the next replay while it is on its way.
+        return batch, hidden if self._layout.is_last_stage else hidden[: plan.num_tokens].clone()
 
-    def _stage_input(self, batch: TokenBatch, token_slots: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self, slots: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, hidden: torch.Tensor | None
+    ) -> tuple[TokenBatch, torch.Tensor]:
+        """This stage's layers over the rows' next tokens. hidden: None on the first stage, which embeds."""
+        tables = self._tables
+        batch, token_slots = gather_batch(
+            tables.num_computed, tables.block_table, slots, cu_seqlens, num_tokens, tables.block_size
+        )
+        tables.advance(slots, batch.seq_lens)
+        if hidden is None:
+            hidden = self._decoder.embed(tables.token_ids[token_slots, batch.positions])
+        return batch, self._decoder.forward(hidden, batch, self._kv_cache)
+
+    def _prompt(
+        self, slots: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int
+    ) -> tuple[TokenBatch, torch.Tensor]:
+        """As _forward, with hidden states from where they do not move: what a graph captures."""
+        hidden = None if self._hidden_in is None else self._hidden_in[:num_tokens]
+        return self._forward(slots, cu_seqlens, num_tokens, hidden)
+
+    def _decode(self, slots: torch.Tensor) -> _DecodeOutput:
+        """One token of each slot, from the tables and back into them: what a graph captures."""
+        cu_seqlens = torch.arange(len(slots) + 1, dtype=torch.int32, device=self._device)
+        batch, hidden = self._prompt(slots, cu_seqlens, len(slots))
+        positions = batch.seq_lens.long()
+        if not self._layout.is_last_stage:
+            return _DecodeOutput(positions, hidden)
+        token_ids = sample_plain(self._decoder.logits(hidden), slots, positions, self._tables)
         if self._layout.is_first_stage:
-            return self._decoder.embed(self._tables.token_ids[token_slots, batch.positions].long())
-        hidden = self._kv_cache.new_empty(len(batch.positions), self._decoder.spec.hidden_size)
+            self._tables.write_tokens(slots, positions, token_ids)
+        return _DecodeOutput(positions, token_ids)
+
+    def _replay_decode(self, plan: StepPlan, graphs: DecodeGraphs[_DecodeOutput]) -> None:
+        slots = plan.decode_slots
+        if self._hidden_in is not None:
+            self._channels.pipe.recv(self._hidden_in[: len(slots)], self._layout.pp_rank - 1)
+        output = graphs.replay(slots)
+        result = output.result[: len(slots)]
+        rows = _SampledRows(plan.step, slots, -1, output.positions[: len(slots)])
+        if self._layout.pp_size == 1:
+            self._keep_result(rows, Sampled(result))
+        elif self._layout.is_last_stage:
+            self._send(Sampled(result.clone()))  # the next replay overwrites what is still on its way
+        else:
+            self._send_hidden(result.clone())
+            self._expect(replace(rows, positions=rows.positions.clone()))
+
+    def _receive_hidden(self, plan: StepPlan) -> torch.Tensor | None:
+        if self._layout.is_first_stage:
+            return None
+        hidden = self._kv_cache.new_empty(plan.num_tokens, self._decoder.spec.hidden_size)
         return self._channels.pipe.recv(hidden, self._layout.pp_rank - 1)
+
+    def _send_hidden(self, hidden: torch.Tensor) -> None:
+        if not self._layout.is_last_stage:
+            self._channels.pipe.send(hidden, self._layout.pp_rank + 1)
 
     def _sample(self, plan: StepPlan, batch: TokenBatch, hidden: torch.Tensor) -> None:
         """Last stage: sample, and send the ids to the first. First stage: note that they will come."""
@@ -107,18 +197,22 @@ class ModelRunner:
         index = to_device(plan.sampled_rows, torch.int64, self._device)
         num_top = num_top_logprobs([self._tables.sampling[slot] for slot in slots])
         rows = _SampledRows(plan.step, slots, num_top, batch.seq_lens[index].long())
-        if self._layout.is_last_stage:
-            last_tokens = batch.cu_seqlens_q[1:][index].long() - 1
-            sampled = sample(self._decoder.logits(hidden[last_tokens]), slots, rows.positions, self._tables)
-            if self._layout.is_first_stage:
-                self._take_up(rows, sampled)
-            else:
-                self._send(sampled)
-        elif self._layout.is_first_stage:
+        if not self._layout.is_last_stage:
+            self._expect(rows)
+            return
+        last_tokens = batch.cu_seqlens_q[1:][index].long() - 1
+        sampled = sample(self._decoder.logits(hidden[last_tokens]), slots, rows.positions, self._tables)
+        if self._layout.is_first_stage:
+            self._take_up(rows, sampled)
+        else:
+            self._send(sampled)
+
+    def _expect(self, rows: _SampledRows) -> None:
+        if self._layout.is_first_stage:
             self._in_flight.append(rows)
 
     def _send(self, sampled: Sampled) -> None:
-        for tensor in sampled.tensors:
+        for tensor in sampled.messages:
             self._channels.tokens.send(tensor, 0)
 
     def _receive_tokens(self, last_step: int) -> None:
@@ -126,7 +220,7 @@ class ModelRunner:
         while self._in_flight and self._in_flight[0].step <= last_step:
             rows = self._in_flight.popleft()
             sampled = Sampled.empty(len(rows.slots), rows.num_top, self._device)
-            for tensor in sampled.tensors:
+            for tensor in sampled.messages:
                 self._channels.tokens.recv(tensor, self._layout.pp_size - 1)
             self._take_up(rows, sampled)
 
@@ -134,8 +228,11 @@ class ModelRunner:
         """Make sampled ids the inputs of later steps, and on rank 0 a result."""
         slots = to_device(rows.slots, torch.int64, self._device)
         self._tables.write_tokens(slots, rows.positions, sampled.token_ids)
+        self._keep_result(rows, sampled)
+
+    def _keep_result(self, rows: _SampledRows, sampled: Sampled) -> None:
         if self._layout.rank == 0:
-            self._results[rows.step] = rows, sampled
+            self._results[rows.step] = rows, HostCopy(sampled.parts)
 
     def _logprobs(self, slot: int, values: list[float], top_ids: list[int]) -> TokenLogprobs | None:
         num_top = self._tables.sampling[slot].num_logprobs

@@ -7,6 +7,7 @@ no tensor, no rank and no request; plan_codec turns it into words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -23,6 +24,15 @@ class RowSampling:
     num_logprobs: int = -1  # -1 none, 0 the sampled token's alone, k also the k best
     min_tokens: int = 0  # until so many are generated, stop_token_ids cannot be sampled
     stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Greedy or tempered, and nothing more: what a captured step can sample."""
+        return not self.truncates and self.num_logprobs < 0 and self.min_tokens == 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,10 @@ class StepPlan:
         num_decodes = len(self.decode_slots)
         ends = accumulate((row.num_tokens for row in self.prefills), initial=num_decodes)
         return [*range(num_decodes), *ends]
+
+    def is_plain_decode(self, sampling: Sequence[RowSampling]) -> bool:
+        """Whether every row is a decode that a captured step can sample. sampling: by slot."""
+        return not self.prefills and all(sampling[slot].is_plain for slot in self.decode_slots)
 
     @property
     def sampled_slots(self) -> list[int]:

@@ -36,26 +36,36 @@ class Sampled:
         )
 
     @property
-    def tensors(self) -> list[torch.Tensor]:
-        """What travels from the last stage to rank 0, in order. Empty tensors do not travel."""
-        return [t for t in (self.token_ids, self.logprobs, self.top_ids) if t is not None and t.numel()]
+    def parts(self) -> list[torch.Tensor]:
+        """token_ids, and logprobs and top_ids where a row asked for them."""
+        return [part for part in (self.token_ids, self.logprobs, self.top_ids) if part is not None]
+
+    @property
+    def messages(self) -> list[torch.Tensor]:
+        """What travels from the last stage to the first, in order. Empty tensors do not travel."""
+        return [part for part in self.parts if part.numel()]
 
 
 def sample(logits: torch.Tensor, slots: list[int], positions: torch.Tensor, tables: SlotTables) -> Sampled:
-    """One token for each row of logits [n, vocab] fp32; positions [n] int64 are those of the new tokens."""
+    """One token for each row of logits [n, vocab]; positions [n] int64 are those of the new tokens."""
     rows = [tables.sampling[slot] for slot in slots]
     index = to_device(slots, torch.int64, logits.device)
     allowed = forbid_early_stop(logits, rows, positions - tables.num_prompt[index])
-    if all(row.temperature == 0 for row in rows):
-        token_ids = allowed.argmax(-1)
-    else:
-        token_ids = sample_tokens(
-            allowed,
-            positions=positions,
-            **{name: column[index] for name, column in tables.columns.items()},
-            truncates=any(row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in rows),
-        )
+    token_ids = sample_tokens(
+        allowed,
+        positions=positions,
+        **{name: column[index] for name, column in tables.columns.items()},
+        truncates=any(row.truncates for row in rows),
+    )
     return _with_logprobs(logits, token_ids, num_top_logprobs(rows))
+
+
+def sample_plain(
+    logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, tables: SlotTables
+) -> torch.Tensor:
+    """As sample(), for rows that are plain (RowSampling.is_plain); decides nothing on the host. [n] int64."""
+    columns = {name: column[slots] for name, column in tables.columns.items()}
+    return sample_tokens(logits, positions=positions, **columns, truncates=False)
 
 
 def num_top_logprobs(rows: list[RowSampling]) -> int:

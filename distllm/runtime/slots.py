@@ -27,19 +27,31 @@ _COLUMNS = {
 class SlotTables:
     """All tensors are allocated once; a row means nothing before a RowInit has written it."""
 
-    def __init__(self, num_slots: int, max_model_len: int, block_size: int, device: torch.device) -> None:
-        def table(*columns: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(num_slots, *columns, dtype=dtype, device=device)
+    def __init__(
+        self, num_slots: int, max_model_len: int, block_size: int, padding_block: int, device: torch.device
+    ) -> None:
+        """padding_block: a KV block that no sequence owns, for the row that fills captured batches up."""
 
+        def table(*columns: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(num_slots + 1, *columns, dtype=dtype, device=device)
+
+        self.padding_slot = num_slots
         self.block_size = block_size
         self.device = device
         self.token_ids = table(max_model_len, dtype=torch.int32)
         self.block_table = table(-(-max_model_len // block_size), dtype=torch.int32)
+        self.block_table[self.padding_slot] = padding_block
         self.num_computed = table()
         self.num_prompt = table()
         self.columns = {name: table(dtype=dtype) for name, dtype in _COLUMNS.items()}
         # What decides control flow is kept on the host too; it is the same on every rank, since plans are.
         self.sampling: list[RowSampling] = [RowSampling()] * num_slots
+
+    def advance(self, slots: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """The KV of these rows is written up to seq_lens [num_rows]; the padding row stays at its
+        beginning.
+        """
+        self.num_computed[slots] = torch.where(slots == self.padding_slot, 0, seq_lens.long())
 
     def apply(self, plan: StepPlan) -> None:
         """Take up what the plan changes in the rows: one copy and one scatter for each table that changes."""

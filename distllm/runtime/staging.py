@@ -1,4 +1,4 @@
-"""Small host values on their way to the device, without waiting for it."""
+"""Small values on their way between host and device, without waiting for either."""
 
 from __future__ import annotations
 
@@ -16,3 +16,18 @@ def to_device(
     """
     host = torch.as_tensor(values, dtype=dtype)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+class HostCopy:
+    """Tensors on their way to the host; wait() gives them as soon as the device has written them."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # pinned, if from a GPU
+        self._event = torch.cuda.Event() if tensors[0].is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> list[torch.Tensor]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors

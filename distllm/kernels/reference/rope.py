@@ -7,6 +7,12 @@ import torch
 from distllm.kernels.batch import TokenBatch
 
 
+def rope_cos_sin(frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Cosines, then sines, of each token: [num_tokens, head_dim] fp32. positions: [num_tokens] int64."""
+    angles = positions[:, None].float() * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
 def rope_and_cache_kv(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,

@@ -81,15 +81,18 @@ def sample_tokens(
 ) -> torch.Tensor:
     """The next token of each row: argmax where temperature is 0, Gumbel-max elsewhere. [num_rows] int64.
 
-    logits: [num_rows, vocab] fp32. positions: of the new token, [num_rows] int64. truncates: whether any row
+    logits: [num_rows, vocab]. positions: of the new token, [num_rows] int64. truncates: whether any row
     has top_k, top_p or min_p set; known on the host, so that batches without them pay nothing.
     """
-    greedy = temperature == 0
+    logits, greedy = logits.float(), temperature == 0
+    best = logits.argmax(-1)
+    if greedy.all():
+        return best
     scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
     if truncates:
         scaled = truncate_logits(scaled, top_k, top_p, min_p)
     noise = gumbel_noise(seed, positions, logits.shape[-1])
-    return torch.where(greedy, logits.argmax(-1), (scaled + noise).argmax(-1))
+    return torch.where(greedy, best, (scaled + noise).argmax(-1))
 
 
 def token_logprobs(
@@ -99,7 +102,7 @@ def token_logprobs(
 
     Returns (logprob [n] fp32, rank [n] int64 with 1 the best, top_ids [n, num_top] int64, top_logprobs fp32).
     """
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, token_ids[:, None])
     top = logprobs.topk(num_top, dim=-1)
     return chosen[:, 0], (logprobs > chosen).sum(-1) + 1, top.indices, top.values

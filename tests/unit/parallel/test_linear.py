@@ -10,7 +10,14 @@ import torch.nn.functional as F
 
 from distllm.comm.base import TensorComm
 from distllm.comm.local import LocalControl, run_ranks
-from distllm.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from distllm.kernels import add_rms_norm
+from distllm.parallel.linear import (
+    ColumnParallelLinear,
+    GatedColumnParallelLinear,
+    Norm,
+    RowParallelLinear,
+    Stream,
+)
 from distllm.parallel.sharding import padded_vocab_rows, split_range
 from distllm.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 
@@ -29,23 +36,41 @@ def seed() -> None:
     torch.manual_seed(1)
 
 
+def normed(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    wide = x.double()
+    return wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain.double()
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_column_then_row(size: int, bias: bool) -> None:
-    """Two layers, a cut between them, 11 features on up to 4 ranks; biases counted once."""
-    x, up, down = torch.randn(5, 7), torch.randn(11, 7), torch.randn(6, 11)
+    """Norm, two layers with a cut between them, 11 features on up to 4 ranks, residual; biases counted
+    once.
+    """
+    x, gain, up, down = torch.randn(5, 6), torch.randn(6), torch.randn(11, 6), torch.randn(6, 11)
     up_bias, down_bias = (torch.randn(11), torch.randn(6)) if bias else (None, None)
 
     def rank(tp: TensorComm) -> torch.Tensor:
         start, stop = split_range(11, tp.size, tp.rank)
-        column = ColumnParallelLinear(up[start:stop], None if up_bias is None else up_bias[start:stop])
-        return RowParallelLinear(down[:, start:stop], down_bias, tp)(column(x))
+        cut_bias = None if up_bias is None else up_bias[start:stop]
+        column = ColumnParallelLinear(up[start:stop], cut_bias, Norm(gain, 1e-5))
+        stream = Stream(x.clone())
+        return RowParallelLinear(down[:, start:stop], down_bias, tp)(column(stream), stream).hidden
 
     found = on_ranks(size, rank)
     wide = [None if b is None else b.double() for b in (up_bias, down_bias)]
-    wanted = F.linear(F.linear(x.double(), up.double(), wide[0]), down.double(), wide[1])
+    wanted = x.double() + F.linear(F.linear(normed(x, gain), up.double(), wide[0]), down.double(), wide[1])
     assert all(torch.equal(y, found[0]) for y in found)
     torch.testing.assert_close(found[0].double(), wanted, atol=1e-5, rtol=0)
+
+
+def test_gated_column_reads_what_is_normed_already() -> None:
+    """silu(gate) · up in fp64; a stream that brings its normed form is not normed again."""
+    x, gain, weight, bias = torch.randn(5, 6), torch.randn(6), torch.randn(8, 6), torch.randn(8)
+    gate, up = F.linear(normed(x, gain), weight.double(), bias.double()).chunk(2, -1)
+    column = GatedColumnParallelLinear(weight, bias, Norm(gain, 1e-5))
+    for stream in (Stream(x), Stream(torch.full_like(x, torch.nan), normed(x, gain).float())):
+        torch.testing.assert_close(column(stream).double(), F.silu(gate) * up, atol=1e-5, rtol=1e-5)
 
 
 def padded(weight: torch.Tensor, tp: TensorComm) -> torch.Tensor:
@@ -56,14 +81,56 @@ def padded(weight: torch.Tensor, tp: TensorComm) -> torch.Tensor:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("vocab_size", [5, 12, 13])
 def test_vocabulary_ends(size: int, vocab_size: int) -> None:
-    """Lookup is exact; logits come in vocabulary order, without padding, in fp32, on every rank."""
+    """Lookup is exact; logits come in vocabulary order, through the norm, without padding, on every rank."""
     weight = torch.randn(vocab_size, 4)
     ids, hidden = torch.arange(vocab_size).flip(0), torch.randn(3, 4, dtype=torch.bfloat16)
 
     looked_up = on_ranks(size, lambda tp: VocabParallelEmbedding(padded(weight, tp), tp)(ids))
     assert all(torch.equal(rows, weight[ids]) for rows in looked_up)
 
-    narrow = weight.bfloat16()
-    logits = on_ranks(size, lambda tp: VocabParallelHead(padded(narrow, tp), vocab_size, tp)(hidden))
-    assert all(torch.equal(each, logits[0]) and each.dtype == torch.float32 for each in logits)
-    torch.testing.assert_close(logits[0], F.linear(hidden, narrow).float(), atol=0.05, rtol=0.01)
+    narrow, gain = weight.bfloat16(), torch.randn(4, dtype=torch.bfloat16)
+    logits = on_ranks(
+        size, lambda tp: VocabParallelHead(padded(narrow, tp), Norm(gain, 1e-5), vocab_size, tp)(hidden)
+    )
+    assert all(torch.equal(each, logits[0]) for each in logits)
+    wanted = F.linear(normed(hidden, gain), narrow.double())
+    torch.testing.assert_close(logits[0].double(), wanted, atol=0.05, rtol=0.02)
+
+
+class Fusing:
+    """Two ranks of which this one's peer always sends zeros; fuses rows of an even length, by the
+    reference.
+    """
+
+    rank, size = 0, 2
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def try_all_reduce_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if x.shape[1] % 2 else add_rms_norm(x, residual, weight, eps)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out", [6, 7])
+def test_row_fuses_the_next_norm_where_it_can(out: int, bias: bool) -> None:
+    """The sum, the residual and the norm; a bias is never left out, so it is never fused."""
+    x, residual, weight, gain = (
+        torch.randn(5, 11),
+        torch.randn(5, out),
+        torch.randn(out, 11),
+        torch.randn(out),
+    )
+    offset = torch.randn(out) if bias else None
+    total = residual.double() + F.linear(
+        x.double(), weight.double(), offset if offset is None else offset.double()
+    )
+
+    row = RowParallelLinear(weight, offset, Fusing())  # type: ignore[arg-type]
+    stream = row(x, Stream(residual.clone()), Norm(gain, 1e-5))
+    torch.testing.assert_close(stream.hidden.double(), total, atol=1e-5, rtol=1e-5)
+    assert (stream.normed is not None) == (not bias and out % 2 == 0)
+    if stream.normed is not None:
+        torch.testing.assert_close(stream.normed.double(), normed(total, gain), atol=1e-5, rtol=1e-5)

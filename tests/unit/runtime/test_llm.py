@@ -17,7 +17,7 @@ from distllm.runtime.scheduler import Scheduler
 from tests.checkpoints import greedy_reference, make_llama
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
-NUM_TOKENS = 12
+NUM_TOKENS = 8
 
 
 class Oracle:
@@ -58,9 +58,8 @@ def generate(folder: Path, layout: tuple[int, int], prompts: Any, params: Any, *
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SCHEDULES: dict[str, dict[str, Any]] = {
     "unchunked": {"max_num_batched_tokens": 4096},
-    "chunked": {"max_num_batched_tokens": 7},
+    "chunked": {"max_num_batched_tokens": 13},
     "no prefix cache": {"enable_prefix_caching": False, "max_num_batched_tokens": 64},
-    "one at a time": {"max_num_seqs": 1},
     "small blocks": {"block_size": 3, "max_num_batched_tokens": 40},
 }
 
@@ -73,6 +72,12 @@ def test_greedy_tokens_are_those_of_transformers(
     outputs = generate(oracle.folder, layout, oracle.prompts, GREEDY, **SCHEDULES[schedule])
     assert [list(output.outputs[0].token_ids) for output in outputs] == oracle.expected
     assert all(output.outputs[0].finish_reason == "length" for output in outputs)
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 2)], ids=str)
+def test_one_at_a_time(oracle: Oracle, layout: tuple[int, int]) -> None:
+    outputs = generate(oracle.folder, layout, oracle.prompts[:9], GREEDY, max_num_seqs=1)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == oracle.expected[:9]
 
 
 @pytest.mark.parametrize("layout", [(3, 1), (1, 3), (3, 2)], ids=str)
@@ -190,11 +195,11 @@ def test_stop_tokens_and_min_tokens(oracle: Oracle) -> None:
         oracle.folder,
         (1, 2),
         [prompt, prompt],
-        [SamplingParams(**options), SamplingParams(min_tokens=9, **options)],
+        [SamplingParams(**options), SamplingParams(min_tokens=7, **options)],
     )
     assert list(plain.outputs[0].token_ids) == expected[: first + 1]
     assert (plain.outputs[0].finish_reason, plain.outputs[0].stop_reason) == ("stop", stop)
-    assert stop not in late.outputs[0].token_ids[:9]
+    assert stop not in late.outputs[0].token_ids[:7]
     assert late.outputs[0].token_ids[:first] == expected[:first]
 
 

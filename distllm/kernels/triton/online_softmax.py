@@ -1,0 +1,54 @@
+"""The inner loop of attention: positions of the paged cache folded into a running softmax, tile by tile.
+
+The query heads of one KV head are rows of one tile, so that the tensor cores work even on one token. The
+softmax is the online one (Milakov and Gimelshein 2018; Dao et al. 2022), in powers of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def fold_positions(
+    q, keys, values, table, first, stop, last_seen, m, total, acc, scale,
+    KV_STRIDE: tl.constexpr, MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Fold positions [first, stop) of one row and KV head into (m, total, acc): maximum, sum, values.
+
+    q: [M, BLOCK_D]; last_seen: [M], the last position that each query sees; every query must see one of the
+    first TILE positions. Without MASKED, every query sees all of them, and they are a multiple of TILE.
+    """
+    columns = tl.arange(0, BLOCK_D)
+    for start in range(first, stop, TILE):
+        positions = start + tl.arange(0, TILE)
+        present = positions < stop
+        mask = present[:, None] & (columns[None, :] < HEAD_DIM)
+        if MASKED:
+            blocks = tl.load(table + positions // BLOCK_SIZE, mask=present, other=0).to(tl.int64)
+        else:
+            blocks = tl.load(table + positions // BLOCK_SIZE).to(tl.int64)
+        places = (blocks * BLOCK_SIZE + positions % BLOCK_SIZE)[:, None] * KV_STRIDE + columns[None, :]
+        if MASKED or HEAD_DIM != BLOCK_D:
+            k = tl.load(keys + places, mask=mask, other=0.0)
+        else:
+            k = tl.load(keys + places)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            seen = present[None, :] & (positions[None, :] <= last_seen[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1) * (scale * LOG2E))
+        p = tl.exp2(scores * (scale * LOG2E) - m_new[:, None])
+        decay = tl.exp2(m - m_new)
+        total = total * decay + tl.sum(p, 1)
+        if MASKED or HEAD_DIM != BLOCK_D:
+            v = tl.load(values + places, mask=mask, other=0.0)
+        else:
+            v = tl.load(values + places)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        m = m_new
+    return m, total, acc

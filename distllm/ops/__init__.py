@@ -1,0 +1,1 @@
+"""What an operator runs beside serving. Returns data; the command line prints it."""

@@ -1,0 +1,245 @@
+"""The operations of a step as cases to time, at the shapes of one tensor-parallel rank of a model.
+
+Says which bytes and which arithmetic each one needs. Tensors are made when a case is timed, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from distllm import kernels
+from distllm.kernels.batch import TokenBatch
+from distllm.models.rope import rope_frequencies
+from distllm.models.shards import EMBED, local_heads, local_kv_heads, shard_table
+from distllm.models.spec import DecoderSpec
+from distllm.ops.bench.timing import Call
+from distllm.parallel.layout import RankLayout
+
+BLOCK_SIZE = 16  # tokens of a KV block, EngineConfig's default
+NUM_LOGPROBS = 5
+
+MakeCall = Callable[[], Call]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape. make() returns a call on memory of its own."""
+
+    operation: str
+    shape: str
+    num_bytes: int  # that must be read or written
+    num_flop: int  # of matrix products; 0 where there are none
+    make: MakeCall
+
+
+class StepCases:
+    """decode() and prefill() list the operations of such a step, in the order in which it runs them."""
+
+    def __init__(self, spec: DecoderSpec, tp_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        layout = RankLayout(tp_size)
+        self._spec, self._dtype, self._device = spec, dtype, device
+        self._num_heads = _length(local_heads(spec, layout))
+        self._num_kv_heads = _length(local_kv_heads(spec, layout))
+        self._shapes = {shard.name: shard.shape for shard in shard_table(spec, layout)}
+
+    def decode(self, num_rows: int, context_len: int) -> Iterator[Case]:
+        """num_rows sequences of context_len tokens, the new one included."""
+        yield self._gather(num_rows, context_len)
+        yield from self._layer(num_rows, 1, context_len)
+        yield self._linear("head", num_rows, self._shapes[EMBED])
+        yield self._sample(num_rows, truncates=False)
+        yield self._sample(num_rows, truncates=True)
+        yield self._logprobs(num_rows)
+
+    def prefill(self, num_tokens: int) -> Iterator[Case]:
+        """One prompt, whole."""
+        yield from self._layer(1, num_tokens, num_tokens)
+
+    def _layer(self, num_rows: int, tokens_per_row: int, seq_len: int) -> Iterator[Case]:
+        n = num_rows * tokens_per_row
+        yield self._embed(n)
+        yield self._rms_norm(n)
+        yield self._add_rms_norm(n)
+        yield self._weight("attn.qkv", n)
+        yield self._rope(num_rows, tokens_per_row)
+        yield self._attention(num_rows, tokens_per_row, seq_len)
+        yield self._weight("attn.o", n)
+        yield self._weight("mlp.gate_up", n)
+        yield self._silu_mul(n)
+        yield self._weight("mlp.down", n)
+
+    @cached_property
+    def _embedding(self) -> torch.Tensor:
+        """One for all: a lookup touches so little of it that copies would be gigabytes for nothing."""
+        return self._random(*self._shapes[EMBED])
+
+    def _embed(self, n: int) -> Case:
+        shape = self._shapes[EMBED]
+
+        def make() -> Call:
+            token_ids = self._integers(shape[0], n)
+            return lambda: kernels.embed(token_ids, self._embedding, 0)
+
+        return self._case("embed", f"{n} of {_size(shape)}", 2 * n * shape[1], make)
+
+    def _rms_norm(self, n: int) -> Case:
+        shape = (n, self._spec.hidden_size)
+
+        def make() -> Call:
+            x, gain = self._random(*shape), self._random(shape[1])
+            return lambda: kernels.rms_norm(x, gain, self._spec.norm_eps)
+
+        return self._case("rms_norm", _size(shape), 2 * n * shape[1], make)
+
+    def _add_rms_norm(self, n: int) -> Case:
+        shape = (n, self._spec.hidden_size)
+
+        def make() -> Call:
+            x, residual, gain = self._random(*shape), self._random(*shape), self._random(shape[1])
+            return lambda: kernels.add_rms_norm(x, residual, gain, self._spec.norm_eps)
+
+        return self._case("add_rms_norm", _size(shape), 4 * n * shape[1], make)
+
+    def _weight(self, name: str, n: int) -> Case:
+        return self._linear(name, n, self._shapes[f"layers.0.{name}.weight"])
+
+    def _linear(self, name: str, n: int, shape: tuple[int, ...]) -> Case:
+        num_out, num_in = shape
+
+        def make() -> Call:
+            weight, x = self._random(*shape), self._random(n, num_in)
+            return lambda: kernels.linear(x, weight)
+
+        num_values = num_out * num_in + n * (num_in + num_out)
+        return self._case(
+            f"linear {name}", f"{n} × {num_in} → {num_out}", num_values, make, 2 * n * num_in * num_out
+        )
+
+    def _rope(self, num_rows: int, tokens_per_row: int) -> Case:
+        """At the start of a context: the place is the same work everywhere, and needs the fewest blocks."""
+        n, head_dim = num_rows * tokens_per_row, self._spec.head_dim
+        heads = (self._num_heads, self._num_kv_heads, head_dim)
+        width = (self._num_heads + 2 * self._num_kv_heads) * head_dim
+
+        def make() -> Call:
+            qkv, batch = self._random(n, width), self._batch(num_rows, tokens_per_row, tokens_per_row)
+            cache = self._kv_cache_layer(num_rows, tokens_per_row)
+            cos_sin = kernels.rope_cos_sin(
+                rope_frequencies(self._spec.rope, head_dim).to(self._device), batch.positions
+            )
+            return lambda: kernels.rope_and_cache_kv(qkv, cos_sin, batch, cache, *heads)
+
+        return self._case("rope_and_cache_kv", f"{n} × {width}", 2 * n * width, make)
+
+    def _attention(self, num_rows: int, tokens_per_row: int, seq_len: int) -> Case:
+        n, head_dim = num_rows * tokens_per_row, self._spec.head_dim
+
+        def make() -> Call:
+            q, batch = (
+                self._random(n, self._num_heads, head_dim),
+                self._batch(num_rows, tokens_per_row, seq_len),
+            )
+            cache = self._kv_cache_layer(num_rows, seq_len)
+            return lambda: kernels.paged_attention(q, cache, batch, head_dim**-0.5)
+
+        kv_values = num_rows * seq_len * 2 * self._num_kv_heads * head_dim
+        num_values = kv_values + 2 * n * self._num_heads * head_dim
+        pairs = n * (2 * seq_len - tokens_per_row + 1) // 2  # causal: each token sees those before it
+        shape = f"{num_rows} × {tokens_per_row} of {seq_len}"
+        return self._case("paged_attention", shape, num_values, make, 4 * pairs * self._num_heads * head_dim)
+
+    def _silu_mul(self, n: int) -> Case:
+        shape = (n, self._shapes["layers.0.mlp.gate_up.weight"][0])
+
+        def make() -> Call:
+            gate_up = self._random(*shape)
+            return lambda: kernels.silu_mul(gate_up)
+
+        return self._case("silu_mul", _size(shape), n * shape[1] * 3 // 2, make)
+
+    def _gather(self, num_rows: int, context_len: int) -> Case:
+        table = self._block_table(num_rows, context_len)
+
+        def make() -> Call:
+            computed = torch.full((num_rows,), context_len - 1, device=self._device)
+            slots = torch.arange(num_rows, device=self._device)
+            starts = torch.arange(num_rows + 1, dtype=torch.int32, device=self._device)
+            return lambda: kernels.gather_batch(computed, table, slots, starts, num_rows, BLOCK_SIZE)
+
+        num_bytes = 2 * table.nbytes + num_rows * 8 * 5  # slots, lengths, positions, mapping, owners
+        return Case("gather_batch", f"{num_rows} of {context_len}", num_bytes, 0, make)
+
+    def _sample(self, num_rows: int, *, truncates: bool) -> Case:
+        def column(value: float, dtype: torch.dtype) -> torch.Tensor:
+            return torch.full((num_rows,), value, dtype=dtype, device=self._device)
+
+        def make() -> Call:
+            logits = self._logits(num_rows)
+            options = [column(0.8, torch.float32), column(50, torch.int64), column(0.9, torch.float32)]
+            options += [column(0.05, torch.float32), column(1, torch.int64), column(100, torch.int64)]
+            return lambda: kernels.sample_tokens(logits, *options, truncates=truncates)
+
+        name = "sample_tokens" + (" top-k/top-p/min-p" if truncates else "")
+        return self._logits_case(name, num_rows, make)
+
+    def _logprobs(self, num_rows: int) -> Case:
+        def make() -> Call:
+            logits, token_ids = self._logits(num_rows), self._integers(self._spec.vocab_size, num_rows)
+            return lambda: kernels.token_logprobs(logits, token_ids, NUM_LOGPROBS)
+
+        return self._logits_case("token_logprobs", num_rows, make)
+
+    def _case(self, operation: str, shape: str, num_values: int, make: MakeCall, num_flop: int = 0) -> Case:
+        return Case(operation, shape, num_values * self._dtype.itemsize, num_flop, make)
+
+    def _logits_case(self, operation: str, num_rows: int, make: MakeCall) -> Case:
+        shape = (num_rows, self._spec.vocab_size)
+        return Case(operation, _size(shape), 4 * shape[0] * shape[1], 0, make)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=self._dtype, device=self._device)
+
+    def _integers(self, below: int, n: int) -> torch.Tensor:
+        return torch.randint(below, (n,), device=self._device)
+
+    def _logits(self, num_rows: int) -> torch.Tensor:
+        return torch.randn(num_rows, self._spec.vocab_size, device=self._device)
+
+    def _kv_cache_layer(self, num_rows: int, seq_len: int) -> torch.Tensor:
+        num_blocks = num_rows * _num_blocks(seq_len)
+        return self._random(2, num_blocks, BLOCK_SIZE, self._num_kv_heads, self._spec.head_dim)
+
+    def _block_table(self, num_rows: int, seq_len: int) -> torch.Tensor:
+        """Blocks in random order, as an engine that has run for a while hands them out."""
+        shape = (num_rows, _num_blocks(seq_len))
+        return torch.randperm(shape[0] * shape[1], dtype=torch.int32, device=self._device).view(shape)
+
+    def _batch(self, num_rows: int, tokens_per_row: int, seq_len: int) -> TokenBatch:
+        """The last tokens_per_row tokens of rows that are all seq_len long."""
+        row = torch.arange(num_rows + 1, dtype=torch.int32, device=self._device)
+        positions = torch.arange(seq_len - tokens_per_row, seq_len, device=self._device)
+        table = self._block_table(num_rows, seq_len)
+        slots = table[:, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        return TokenBatch(
+            positions=positions.repeat(num_rows),
+            slot_mapping=slots.flatten(),
+            cu_seqlens_q=row * tokens_per_row,
+            seq_lens=torch.full_like(row[1:], seq_len),
+            block_table=table,
+        )
+
+
+def _num_blocks(seq_len: int) -> int:
+    return -(-seq_len // BLOCK_SIZE)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _length(span: tuple[int, int]) -> int:
+    return span[1] - span[0]

@@ -1,0 +1,142 @@
+"""Steps as CUDA graphs, one for each size of batch. Knows step functions; never a plan.
+
+A captured step reads slots (and lengths) from static buffers and finds everything else in the slot tables,
+so a replay needs no other input. What fills a size up belongs to a padding slot of its own, whose KV nobody
+reads. The tensors of an output are overwritten by the next replay of any graph: they share their memory.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+import torch
+
+from distllm.runtime.staging import to_device
+
+Output = TypeVar("Output")
+
+PROMPT_ROWS = 8  # rows of a captured prompt step, its padding row not counted
+PROMPT_TOKENS = (
+    32,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    640,
+    768,
+    896,
+    1024,
+)  # beyond, launches hide behind the work
+
+
+def batch_sizes(max_num_seqs: int) -> list[int]:
+    """Batches that are captured, ascending: so close that at most 7 rows of a large one are padding."""
+    small = [size for size in (1, 2, 4) if size < max_num_seqs]
+    return [*small, *range(8, max_num_seqs, 8), max_num_seqs]
+
+
+@dataclass(frozen=True)
+class _Captured(Generic[Output]):
+    graph: torch.cuda.CUDAGraph
+    output: Output
+
+
+def _capture(step: Callable[[], Output], pool: object) -> _Captured[Output]:
+    """Run step once, so that kernels are compiled and libraries started, then record it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
+        output = step()
+    return _Captured(graph, output)
+
+
+class DecodeGraphs(Generic[Output]):
+    """step(slots) runs one token of each slot."""
+
+    def __init__(
+        self,
+        step: Callable[[torch.Tensor], Output],
+        max_num_seqs: int,
+        padding_slot: int,
+        pool: object,
+        device: torch.device,
+    ) -> None:
+        """Capture every size, the largest first, so that the smaller ones fit into its memory.
+
+        Collective: every rank of the stage, if step is.
+        """
+        self._slots = torch.full((max_num_seqs,), padding_slot, dtype=torch.int64, device=device)
+        self._padding_slot = padding_slot
+        self._loaded: list[int] = []  # what the buffer holds, padding left out
+        self._sizes = batch_sizes(max_num_seqs)
+        self._captured = {
+            size: _capture(partial(step, self._slots[:size]), pool) for size in reversed(self._sizes)
+        }
+
+    def replay(self, slots: Sequence[int]) -> Output:
+        """Run the step on these slots. The output's first len(slots) rows are theirs."""
+        self._load(list(slots))
+        captured = self._captured[self._sizes[bisect_left(self._sizes, len(slots))]]
+        captured.graph.replay()
+        return captured.output
+
+    def _load(self, slots: list[int]) -> None:
+        """Steady decode runs the same slots again: then nothing is copied."""
+        if slots == self._loaded:
+            return
+        rest = [self._padding_slot] * max(0, len(self._loaded) - len(slots))
+        self._slots[: len(slots) + len(rest)] = to_device(slots + rest, torch.int64, self._slots.device)
+        self._loaded = slots
+
+
+class PromptGraphs(Generic[Output]):
+    """step(slots, cu_seqlens, num_tokens) runs some tokens of a few rows: short prompts, where launching
+    every kernel by itself would take longer than running it. The last row is padding and takes what is left.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[torch.Tensor, torch.Tensor, int], Output],
+        max_tokens: int,
+        padding_slot: int,
+        pool: object,
+        device: torch.device,
+    ) -> None:
+        """Capture the sizes up to max_tokens. Collective: every rank of the stage, if step is."""
+        self._slots = torch.full((PROMPT_ROWS + 1,), padding_slot, dtype=torch.int64, device=device)
+        self._cu_seqlens = torch.zeros(PROMPT_ROWS + 2, dtype=torch.int32, device=device)
+        self._padding_slot = padding_slot
+        self._sizes = [size for size in PROMPT_TOKENS if size <= max_tokens]
+        self._captured: dict[int, _Captured[Output]] = {}
+        for size in reversed(self._sizes):
+            self._load([], [0], size)
+            self._captured[size] = _capture(partial(step, self._slots, self._cu_seqlens, size), pool)
+
+    def fits(self, num_rows: int, num_tokens: int) -> bool:
+        return num_rows <= PROMPT_ROWS and bool(self._sizes) and num_tokens <= self._sizes[-1]
+
+    def replay(self, slots: Sequence[int], cu_seqlens: Sequence[int]) -> Output:
+        """Run rows that fit; cu_seqlens[-1] tokens in all. The output's first rows and tokens are theirs."""
+        size = self._sizes[bisect_left(self._sizes, cu_seqlens[-1])]
+        self._load(slots, cu_seqlens, size)
+        captured = self._captured[size]
+        captured.graph.replay()
+        return captured.output
+
+    def _load(self, slots: Sequence[int], cu_seqlens: Sequence[int], size: int) -> None:
+        idle = PROMPT_ROWS + 1 - len(slots)
+        ends = [*cu_seqlens, *[cu_seqlens[-1]] * (idle - 1), size]
+        filled = [*slots, *[self._padding_slot] * idle]
+        self._slots.copy_(to_device(filled, torch.int64, self._slots.device))
+        self._cu_seqlens.copy_(to_device(ends, torch.int32, self._slots.device))
