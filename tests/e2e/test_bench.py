@@ -15,7 +15,7 @@ from distllm.ops.bench import workloads
 from distllm.ops.bench.latency import LatencyWorkload
 from tests.command import check_refused, distllm
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 LENGTHS = ("--input-len", 9, "--output-len", 4, "--num-iters", 2)
 
 
@@ -47,7 +47,7 @@ def test_latency(bare: Path, tmp_path: Path) -> None:
     decode, first = report["results"]["decode"], report["results"]["first_token"]
     assert [result["batch_size"] for result in decode] == [1, 3]
     assert all(len(result["step_s"]["raw"]) == 2 and result["floor_s"] > 0 for result in decode)
-    assert [len(result["itl_s"]["raw"]) for result in decode] == [3, 9]
+    assert all(0 < result["itl_s"]["median"] <= result["itl_s"]["p99"] for result in decode)
     assert first[0]["input_len"] == 9 and first[0]["ttft_s"]["median"] > 0
     assert "engine ready after" in printed and report["ready_s"] > 0
     assert report["options"]["engine"]["enable_prefix_caching"] is False
