@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from distllm.comm.base import Control
@@ -26,11 +28,14 @@ def kv_block_count(
     mine = room // block_bytes
     if not config.kv_cache_memory_bytes:
         mine = min(mine, config.max_num_seqs * per_seq)
-    num_blocks = min(int(count) for count in control.all_gather_bytes(str(mine).encode()))
+    offer = json.dumps([mine, block_bytes]).encode()
+    counts, sizes = zip(*map(json.loads, control.all_gather_bytes(offer)), strict=True)
+    num_blocks = min(counts)
     if num_blocks < per_seq:
+        wanted = per_seq * max(sizes)  # stages differ in size: all ranks name the largest
         raise ConfigError(
             f"the KV cache holds {num_blocks * config.block_size} tokens, fewer than max_model_len "
-            f"{config.context_len}: raise kv_cache_memory_bytes to {per_seq * block_bytes} or lower "
+            f"{config.context_len}: raise kv_cache_memory_bytes to {wanted} or lower "
             "max_model_len"
         )
     return num_blocks

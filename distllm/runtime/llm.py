@@ -257,8 +257,8 @@ class LLM:
 
 
 def resolve_dtype(name: str, of_checkpoint: str, device: torch.device) -> torch.dtype:
-    """ "auto" is the checkpoint's on a GPU. On a CPU it is float32: CPUs have no fast bf16, and in fp32 every
-    layout gives the same tokens.
+    """What `auto` stands for: the checkpoint's own on a GPU. On a CPU float32: CPUs have no fast bf16, and in
+    fp32 every layout gives the same tokens.
     """
     if name == "auto":
         name = of_checkpoint if device.type == "cuda" else "float32"

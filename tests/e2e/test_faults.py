@@ -146,7 +146,7 @@ def test_interrupt(generate: Sequence[object], name: str, whole_terminal: bool) 
         assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", range(4))
 @pytest.mark.parametrize("name", launchers.NAMES)
 def test_exception(name: str, rank: int) -> None:
     with decode_loop(name, "raise", rank, 60) as target:

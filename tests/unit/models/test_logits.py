@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from distllm.engine import resolve_model
 from distllm.parallel.layout import RankLayout
 from tests.checkpoints import make_llama
 from tests.unit.models.stepping import run_layout
@@ -126,3 +127,14 @@ def test_bfloat16_follows_transformers(tmp_path: Path) -> None:
         theirs = (model.bfloat16()(torch.tensor([texts[2]])).logits[0].float() - wanted).abs().mean()
     ours = run_layout(tmp_path, RankLayout(), texts, dtype=torch.bfloat16)[2]
     assert (ours - wanted).abs().mean() <= 1.2 * theirs
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize("name", ["demo", "demo-draft"])
+def test_bundled_models(name: str, tp_size: int, pp_size: int) -> None:
+    """The trained weights, bf16 on disk, computed in fp32 by both."""
+    from transformers import LlamaForCausalLM
+
+    folder = resolve_model(name)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert max_error(folder, model, tp_size, pp_size) <= TOLERANCE

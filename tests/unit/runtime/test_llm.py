@@ -5,13 +5,14 @@ tokens.
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distllm import LLM, RequestError, SamplingParams
+from distllm import LLM, ConfigError, RequestError, SamplingParams
 from distllm.comm.local import LocalControl, run_ranks
 from distllm.runtime.scheduler import Scheduler
 from tests.checkpoints import greedy_reference, make_llama
@@ -201,6 +202,51 @@ def test_stop_tokens_and_min_tokens(oracle: Oracle) -> None:
     assert (plain.outputs[0].finish_reason, plain.outputs[0].stop_reason) == ("stop", stop)
     assert stop not in late.outputs[0].token_ids[:7]
     assert late.outputs[0].token_ids[:first] == expected[:first]
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_strings_across_token_borders(layout: tuple[int, int], include: bool) -> None:
+    """Every stop of 6 characters that the demo's greedy text holds cuts it where it first begins."""
+    tp, pp = layout
+    prompt, base = "Once upon a time", {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+
+    def run(control: LocalControl) -> Any:
+        with LLM("demo", tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=control) as llm:
+            plain = llm.generate(prompt, SamplingParams(**base))
+            text = control.all_gather_bytes(plain[0].outputs[0].text.encode() if plain else b"")[0].decode()
+            stops = [text[at : at + 6] for at in range(5, len(text) - 6, 7)]
+            params = [SamplingParams(stop=s, include_stop_str_in_output=include, **base) for s in stops]
+            whole = llm.generate([prompt] * len(stops), params)
+            streamed = dict.fromkeys(range(len(stops)), "")
+            first_id = int(whole[0].request_id) + len(stops) if whole else 0
+            for output in llm.stream([prompt] * len(stops), params):
+                streamed[int(output.request_id) - first_id] += output.outputs[0].text
+            return text, stops, [output.outputs[0] for output in whole], list(streamed.values())
+
+    text, stops, outputs, streamed = run_ranks(tp * pp, run)[0]
+    assert len(stops) > 5
+    expected = [text[: text.index(stop) + (len(stop) if include else 0)] for stop in stops]
+    assert [output.text for output in outputs] == expected
+    assert streamed == expected
+    assert all(
+        (output.finish_reason, output.stop_reason) == ("stop", s)
+        for output, s in zip(outputs, stops, strict=True)
+    )
+
+
+def test_too_little_kv_memory_is_the_same_error_on_every_rank(oracle: Oracle) -> None:
+    """Stages of 3 and 2 layers, so that blocks differ in size; the bytes it asks for are enough."""
+
+    def run(control: LocalControl) -> str:
+        options = {"pipeline_parallel_size": 2, "max_model_len": 64, "comm": control}
+        with pytest.raises(ConfigError, match="holds 0 tokens, fewer than max_model_len 64") as refused:
+            LLM(str(oracle.folder), kv_cache_memory_bytes=1, **options)
+        asked = int(re.search(r"kv_cache_memory_bytes to (\d+)", str(refused.value))[1])  # type: ignore[index]
+        with LLM(str(oracle.folder), kv_cache_memory_bytes=asked, **options):
+            return str(refused.value)
+
+    assert len(set(run_ranks(2, run))) == 1
 
 
 def test_eos_ends_unless_ignored(tmp_path: Path) -> None:
