@@ -50,13 +50,10 @@ def sample(logits: torch.Tensor, slots: list[int], positions: torch.Tensor, tabl
     """One token for each row of logits [n, vocab]; positions [n] int64 are those of the new tokens."""
     rows = [tables.sampling[slot] for slot in slots]
     index = to_device(slots, torch.int64, logits.device)
-    allowed = forbid_early_stop(logits, rows, positions - tables.num_prompt[index])
-    token_ids = sample_tokens(
-        allowed,
-        positions=positions,
-        **{name: column[index] for name, column in tables.columns.items()},
-        truncates=any(row.truncates for row in rows),
-    )
+    parameters = tables.parameters(index)
+    allowed = forbid_early_stop(logits, rows, positions - parameters.pop("num_prompt"))
+    truncates = any(row.truncates for row in rows)
+    token_ids = sample_tokens(allowed, positions=positions, **parameters, truncates=truncates)
     return _with_logprobs(logits, token_ids, num_top_logprobs(rows))
 
 
@@ -64,8 +61,9 @@ def sample_plain(
     logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, tables: SlotTables
 ) -> torch.Tensor:
     """As sample(), for rows that are plain (RowSampling.is_plain); decides nothing on the host. [n] int64."""
-    columns = {name: column[slots] for name, column in tables.columns.items()}
-    return sample_tokens(logits, positions=positions, **columns, truncates=False)
+    parameters = tables.parameters(slots)
+    del parameters["num_prompt"]
+    return sample_tokens(logits, positions=positions, **parameters, truncates=False)
 
 
 def num_top_logprobs(rows: list[RowSampling]) -> int:

@@ -1,8 +1,9 @@
 """SlotTables: the device-side state of every running sequence, one row a slot. Changed by plans, read by
 kernels.
 
-Every rank holds the same rows; only the first stage reads token ids, only the last one sampling columns.
-Knows no request: a slot's owner is the scheduler's business.
+Every rank holds the same rows; only the first stage reads token ids, only the last one sampling parameters.
+All tables lie in one piece of memory, so that a plan's changes are one copy and one scatter. Knows no
+request: a slot's owner is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -12,16 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from distllm.runtime.plan import BlockUpdate, RowInit, RowSampling, StepPlan
+from distllm.runtime.plan import RowInit, RowSampling, StepPlan
 from distllm.runtime.staging import to_device
 
-_COLUMNS = {
-    "temperature": torch.float32,
-    "top_k": torch.int64,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "seed": torch.int64,
-}
+_LONGS = ("seed", "top_k", "num_prompt")  # int64: two words each
+_FLOATS = ("temperature", "top_p", "min_p")
+
+_Run = tuple[int, np.ndarray]  # a word of the memory, and what it and those behind it become
 
 
 class SlotTables:
@@ -31,59 +29,60 @@ class SlotTables:
         self, num_slots: int, max_model_len: int, block_size: int, padding_block: int, device: torch.device
     ) -> None:
         """padding_block: a KV block that no sequence owns, for the row that fills captured batches up."""
-
-        def table(*columns: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(num_slots + 1, *columns, dtype=dtype, device=device)
-
+        rows, max_blocks = num_slots + 1, -(-max_model_len // block_size)
         self.padding_slot = num_slots
         self.block_size = block_size
         self.device = device
-        self.token_ids = table(max_model_len, dtype=torch.int32)
-        self.block_table = table(-(-max_model_len // block_size), dtype=torch.int32)
+        widths = [2 * len(_LONGS), len(_FLOATS), 1, max_model_len, max_blocks]  # words of a row
+        self._words = torch.zeros(rows * sum(widths), dtype=torch.int32, device=device)
+        longs, floats, num_computed, token_ids, block_table = (
+            part.view(rows, -1) for part in self._words.split([rows * width for width in widths])
+        )
+        self._longs, self._floats = longs.view(torch.int64), floats.view(torch.float32)
+        self.num_computed = num_computed.view(rows)
+        self.token_ids, self.block_table = token_ids, block_table
         self.block_table[self.padding_slot] = padding_block
-        self.num_computed = table()
-        self.num_prompt = table()
-        self.columns = {name: table(dtype=dtype) for name, dtype in _COLUMNS.items()}
         # What decides control flow is kept on the host too; it is the same on every rank, since plans are.
         self.sampling: list[RowSampling] = [RowSampling()] * num_slots
+
+    def parameters(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of these rows, [num_rows]: seed, top_k, num_prompt (int64), temperature, top_p, min_p (fp32)."""
+        longs, floats = self._longs[slots].t().contiguous(), self._floats[slots].t().contiguous()
+        return dict(zip((*_LONGS, *_FLOATS), (*longs, *floats), strict=True))
 
     def advance(self, slots: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """The KV of these rows is written up to seq_lens [num_rows]; the padding row stays at its
         beginning.
         """
-        self.num_computed[slots] = torch.where(slots == self.padding_slot, 0, seq_lens.long())
-
-    def apply(self, plan: StepPlan) -> None:
-        """Take up what the plan changes in the rows: one copy and one scatter for each table that changes."""
-        if plan.new_rows:
-            self._init_rows(plan.new_rows)
-        if plan.block_updates:
-            self._append_blocks(plan.block_updates)
+        self.num_computed[slots] = torch.where(slots == self.padding_slot, 0, seq_lens)
 
     def write_tokens(self, slots: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Sampled tokens become the inputs of a later step. All [num_rows] int64."""
         self.token_ids[slots, positions] = token_ids.int()
 
-    def _init_rows(self, rows: list[RowInit]) -> None:
-        for row in rows:
-            self.sampling[row.slot] = row.sampling
-        slots = to_device([row.slot for row in rows], torch.int64, self.device)
-        self._set(self.num_computed, slots, [row.num_computed_tokens for row in rows])
-        self._set(self.num_prompt, slots, [row.num_prompt_tokens for row in rows])
-        for name, column in self.columns.items():
-            self._set(column, slots, [getattr(row.sampling, name) for row in rows])
-        self._write(self.token_ids, [(row.slot, 0, row.token_ids) for row in rows])
+    def apply(self, plan: StepPlan) -> None:
+        """Take up what the plan changes in the rows: one copy and one scatter, whatever it is."""
+        runs = [run for row in plan.new_rows for run in self._init_row(row)]
+        runs += [self._run(self.block_table, u.slot, u.start, u.block_ids) for u in plan.block_updates]
+        if not runs:
+            return
+        index = np.concatenate([np.arange(start, start + len(words)) for start, words in runs])
+        values = np.concatenate([words for _, words in runs])
+        changes = to_device(np.stack([index, values]), torch.int64, self.device)
+        self._words[changes[0]] = changes[1].int()
 
-    def _append_blocks(self, updates: list[BlockUpdate]) -> None:
-        self._write(self.block_table, [(update.slot, update.start, update.block_ids) for update in updates])
+    def _init_row(self, row: RowInit) -> list[_Run]:
+        self.sampling[row.slot] = sampling = row.sampling
+        longs = np.array([sampling.seed, sampling.top_k, row.num_prompt_tokens], dtype=np.int64)
+        floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32)
+        return [
+            self._run(self._longs, row.slot, 0, longs.view(np.int32)),
+            self._run(self._floats, row.slot, 0, floats.view(np.int32)),
+            self._run(self.num_computed, row.slot, 0, [row.num_computed_tokens]),
+            self._run(self.token_ids, row.slot, 0, row.token_ids),
+        ]
 
-    def _set(self, column: torch.Tensor, slots: torch.Tensor, values: list[int] | list[float]) -> None:
-        column[slots] = to_device(values, column.dtype, self.device)
-
-    def _write(self, table: torch.Tensor, runs: list[tuple[int, int, Sequence[int]]]) -> None:
-        """table[slot, start : start + len(values)] = values, for every run."""
-        width = table.shape[1]
-        places = [np.arange(slot * width + start, slot * width + start + len(v)) for slot, start, v in runs]
-        index = to_device(np.concatenate(places), torch.int64, self.device)
-        values = np.concatenate([np.asarray(v, dtype=np.int32) for _, _, v in runs])
-        table.view(-1)[index] = to_device(values, table.dtype, self.device)
+    def _run(self, table: torch.Tensor, slot: int, column: int, values: Sequence[int] | np.ndarray) -> _Run:
+        """table[slot, column : column + len(values)] = values, as words."""
+        first_byte = table.data_ptr() - self._words.data_ptr() + slot * table.stride(0) * table.itemsize
+        return first_byte // 4 + column, np.asarray(values, dtype=np.int32)

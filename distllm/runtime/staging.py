@@ -11,7 +11,7 @@ import torch
 def to_device(
     values: Sequence[int | float] | np.ndarray, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """values as a 1-D tensor on the device. Returns at once: the copy runs on the current stream, from pinned
+    """values as a tensor on the device. Returns at once: the copy runs on the current stream, from pinned
     memory that its allocator keeps until then.
     """
     host = torch.as_tensor(values, dtype=dtype)

@@ -18,7 +18,7 @@ def gather_batch(
     """The batch of rows that run tokens cu_seqlens_q[i] : cu_seqlens_q[i + 1], from num_computed[slots[i]]
     on.
 
-    num_computed: [num_slots] int64; block_table: [num_slots, max_blocks] int32; slots: [num_rows] int64;
+    num_computed: [num_slots] int; block_table: [num_slots, max_blocks] int32; slots: [num_rows] int64;
     cu_seqlens_q: [num_rows + 1] int32, ending with num_tokens. Returns (TokenBatch, token_slots [num_tokens]
     int64).
     """
