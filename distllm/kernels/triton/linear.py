@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from distllm.kernels.triton.activation import silu_mul
+from distllm.kernels.triton.gated_linear import try_gated_linear
 from distllm.kernels.triton.launch import OVERLAP, wait_for_inputs
 from distllm.kernels.triton.norm import rms_norm
 
@@ -127,7 +128,9 @@ def linear_silu_mul(
 ) -> torch.Tensor:
     if x.shape[0] == 1:
         return gemv(x, weight, bias, norm=norm, gated=True)
-    return silu_mul(linear(x, weight, bias, norm=norm))
+    normed = x if norm is None else rms_norm(x, *norm)
+    fused = try_gated_linear(normed, weight) if bias is None else None
+    return silu_mul(F.linear(normed, weight, bias)) if fused is None else fused
 
 
 def linear_add(
