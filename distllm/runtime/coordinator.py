@@ -68,7 +68,8 @@ class Coordinator:
         """One step; the generations that have new tokens, each once, in order."""
         plan = self._scheduler.schedule()
         set_step(plan.step)
-        self._control.bcast(encode(plan))
+        if self._control.size > 1:
+            self._control.bcast(encode(plan))
         self._runner.run(plan)
         tokens = self._scheduler.update(self._runner.result(plan.step - self._pp_size))
         return self._deliver(tokens, owner)

@@ -114,14 +114,14 @@ class PromptGraphs(Generic[Output]):
         device: torch.device,
     ) -> None:
         """Capture the sizes up to max_tokens. Collective: every rank of the stage, if step is."""
-        self._slots = torch.full((PROMPT_ROWS + 1,), padding_slot, dtype=torch.int64, device=device)
-        self._cu_seqlens = torch.zeros(PROMPT_ROWS + 2, dtype=torch.int32, device=device)
+        self._inputs = torch.zeros(2 * PROMPT_ROWS + 3, dtype=torch.int32, device=device)
+        slots, cu_seqlens = self._inputs.split([PROMPT_ROWS + 1, PROMPT_ROWS + 2])
         self._padding_slot = padding_slot
         self._sizes = [size for size in PROMPT_TOKENS if size <= max_tokens]
         self._captured: dict[int, _Captured[Output]] = {}
         for size in reversed(self._sizes):
             self._load([], [0], size)
-            self._captured[size] = _capture(partial(step, self._slots, self._cu_seqlens, size), pool)
+            self._captured[size] = _capture(partial(step, slots, cu_seqlens, size), pool)
 
     def fits(self, num_rows: int, num_tokens: int) -> bool:
         return num_rows <= PROMPT_ROWS and bool(self._sizes) and num_tokens <= self._sizes[-1]
@@ -138,5 +138,4 @@ class PromptGraphs(Generic[Output]):
         idle = PROMPT_ROWS + 1 - len(slots)
         ends = [*cu_seqlens, *[cu_seqlens[-1]] * (idle - 1), size]
         filled = [*slots, *[self._padding_slot] * idle]
-        self._slots.copy_(to_device(filled, torch.int64, self._slots.device))
-        self._cu_seqlens.copy_(to_device(ends, torch.int32, self._slots.device))
+        self._inputs.copy_(to_device(filled + ends, torch.int32, self._inputs.device))
