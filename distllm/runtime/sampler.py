@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distllm.kernels import sample_tokens, token_logprobs
+from distllm.kernels import lowest_kept, sample_tokens, token_logprobs
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import to_device
@@ -51,12 +51,12 @@ def sample(logits: torch.Tensor, slots: list[int], positions: torch.Tensor, tabl
     rows = [tables.sampling[slot] for slot in slots]
     index = to_device(slots, torch.int64, logits.device)
     allowed = forbid_early_stop(logits, rows, positions - tables.num_prompt[index])
-    token_ids = sample_tokens(
-        allowed,
-        positions=positions,
-        **{name: column[index] for name, column in tables.columns.items()},
-        truncates=any(row.truncates for row in rows),
-    )
+    columns = {name: column[index] for name, column in tables.columns.items()}
+    temperature, seed = columns["temperature"], columns["seed"]
+    lowest = None
+    if any(row.truncates for row in rows):
+        lowest = lowest_kept(allowed, temperature, columns["top_k"], columns["top_p"], columns["min_p"])
+    token_ids = sample_tokens(allowed, temperature, seed, positions, lowest)
     return _with_logprobs(logits, token_ids, num_top_logprobs(rows))
 
 
@@ -64,8 +64,8 @@ def sample_plain(
     logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, tables: SlotTables
 ) -> torch.Tensor:
     """As sample(), for rows that are plain (RowSampling.is_plain); decides nothing on the host. [n] int64."""
-    columns = {name: column[slots] for name, column in tables.columns.items()}
-    return sample_tokens(logits, positions=positions, **columns, truncates=False)
+    temperature, seed = tables.columns["temperature"][slots], tables.columns["seed"][slots]
+    return sample_tokens(logits, temperature, seed, positions)
 
 
 def num_top_logprobs(rows: list[RowSampling]) -> int:
