@@ -13,7 +13,17 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from distllm.kernels.reference import activation, attention, embedding, gather, norm, rope, sampling
+from distllm.kernels.reference import (
+    activation,
+    attention,
+    embedding,
+    gather,
+    logprobs,
+    norm,
+    rope,
+    sampling,
+    truncation,
+)
 from distllm.kernels.reference import linear as linears
 
 P = ParamSpec("P")
@@ -39,15 +49,18 @@ def _by_device(reference: Callable[P, R]) -> Callable[P, R]:
 
 
 add_rms_norm = _by_device(norm.add_rms_norm)
+best_tokens = _by_device(sampling.best_tokens)
+choose_best = _by_device(sampling.choose_best)
 embed = embedding.embed
 gather_batch = _by_device(gather.gather_batch)
 linear = _by_device(linears.linear)
 linear_add = _by_device(linears.linear_add)
 linear_silu_mul = _by_device(linears.linear_silu_mul)
+lowest_kept = _by_device(truncation.lowest_kept)
 paged_attention = _by_device(attention.paged_attention)
 rms_norm = _by_device(norm.rms_norm)
 rope_and_cache_kv = _by_device(rope.rope_and_cache_kv)
 rope_cos_sin = _by_device(rope.rope_cos_sin)
 sample_tokens = _by_device(sampling.sample_tokens)
 silu_mul = _by_device(activation.silu_mul)
-token_logprobs = sampling.token_logprobs
+token_logprobs = _by_device(logprobs.token_logprobs)

@@ -140,7 +140,7 @@ class Decoder:
         Returns [num_rows, vocab_size] in their dtype on every rank of tp. Collective: all of them, one
         all_gather.
         """
-        return self.head(hidden)
+        return self.head.gather(self.head(hidden))
 
 
 def _linear(weights: Weights, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from distllm.comm.base import TensorComm
-from distllm.kernels import embed, linear
+from distllm.kernels import best_tokens, choose_best, embed, linear
 from distllm.parallel.linear import Norm
 
 
@@ -34,7 +34,7 @@ class VocabParallelEmbedding:
 @dataclass(frozen=True)
 class VocabParallelHead:
     """Hidden states → logits, through the final norm. weight: [rows, hidden_size], as in
-    VocabParallelEmbedding.
+    VocabParallelEmbedding; the last rank's last rows may be padding.
     """
 
     weight: torch.Tensor
@@ -43,11 +43,29 @@ class VocabParallelHead:
     tp: TensorComm
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [num_rows, hidden_size]. Returns [num_rows, vocab_size], in hidden's dtype, on every rank.
+        """hidden: [num_rows, hidden_size]. Returns this rank's logits, [num_rows, rows], in its dtype."""
+        return linear(hidden, self.weight, norm=self.norm)
+
+    def gather(self, shard: torch.Tensor) -> torch.Tensor:
+        """The logits of all ranks, [num_rows, vocab_size]. shard: of __call__.
 
         Collective: one all_gather of [num_rows, rows] by every rank of tp.
         """
-        logits = linear(hidden, self.weight, norm=self.norm)
         if self.tp.size > 1:
-            logits = self.tp.all_gather(logits).transpose(0, 1).flatten(1)
-        return logits[:, : self.vocab_size]
+            shard = self.tp.all_gather(shard.contiguous()).transpose(0, 1).flatten(1)
+        return shard[:, : self.vocab_size]
+
+    def best_tokens(
+        self, shard: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """sample_tokens over the logits of all ranks, [num_rows] int64; only the best of each rank travel.
+
+        Collective: one all_gather of [2, num_rows] float64 by every rank of tp.
+        """
+        first = self.tp.rank * self.weight.shape[0]
+        own = shard[:, : max(0, self.vocab_size - first)]
+        scores, token_ids = best_tokens(own, temperature, seed, positions, first_entry=first)
+        if self.tp.size == 1:
+            return token_ids
+        every = self.tp.all_gather(torch.stack((scores.double(), token_ids.double())))  # both exact
+        return choose_best(every[:, 0].float(), every[:, 1].long())

@@ -1,7 +1,7 @@
 """ModelRunner: one rank's share of a step. StepPlan in, StepResult out (on rank 0).
 
-Owns the slot tables and the KV cache. A step of plain decodes is one CUDA graph where there is a GPU; any
-other step, and every step on a CPU, runs operation by operation through the same functions. Every
+Owns the slot tables and the KV cache. A step of decodes is one CUDA graph where there is a GPU; any other
+step, and every step on a CPU, runs operation by operation through the same functions. Every
 collective that it enters, and every shape, follows from the plans it was given, in their order. Knows no
 request; called by the worker and the coordinator loops.
 """
@@ -20,7 +20,7 @@ from distllm.models.decoder import Decoder
 from distllm.parallel.layout import RankLayout
 from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs
 from distllm.runtime.plan import StepPlan, StepResult, TokenLogprobs
-from distllm.runtime.sampler import Sampled, num_top_logprobs, sample, sample_plain
+from distllm.runtime.sampler import Sampled, Sampler, num_top_logprobs
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import HostCopy, to_device
 
@@ -40,7 +40,8 @@ class _DecodeOutput:
     """Of a captured step; overwritten by its next replay."""
 
     positions: torch.Tensor  # [n] int64, of the sampled tokens
-    result: torch.Tensor  # token ids [n] int64 on the last stage, hidden states [n, hidden_size] elsewhere
+    result: torch.Tensor  # the head's logits on the last stage, hidden states [n, hidden_size] elsewhere
+    token_ids: torch.Tensor | None = None  # [n] int64, last stage: right where all rows are plain
 
 
 class ModelRunner:
@@ -59,6 +60,8 @@ class ModelRunner:
         self._tables = tables
         self._kv_cache = kv_cache
         self._device = kv_cache.device
+        if layout.is_last_stage:
+            self._sampler = Sampler(decoder.head, tables)
         self._decodes: DecodeGraphs[_DecodeOutput] | None = None
         self._prompts: PromptGraphs[tuple[TokenBatch, torch.Tensor]] | None = None
         self._hidden_in: torch.Tensor | None = None  # where captured steps of later stages read
@@ -111,7 +114,7 @@ class ModelRunner:
         return StepResult(step, token_ids.tolist(), [self._logprobs(*entry) for entry in entries])
 
     def _run_rows(self, plan: StepPlan) -> None:
-        if self._decodes is not None and plan.is_plain_decode(self._tables.sampling):
+        if self._decodes is not None and not plan.prefills:
             self._replay_decode(plan, self._decodes)
             return
         batch, hidden = self._forward_rows(plan)
@@ -161,25 +164,36 @@ class ModelRunner:
         positions = batch.seq_lens.long()
         if not self._layout.is_last_stage:
             return _DecodeOutput(positions, hidden)
-        token_ids = sample_plain(self._decoder.logits(hidden), slots, positions, self._tables)
+        shard = self._decoder.head(hidden)
+        token_ids = self._sampler.sample_plain(shard, slots, positions)
         if self._layout.is_first_stage:
             self._tables.write_tokens(slots, positions, token_ids)
-        return _DecodeOutput(positions, token_ids)
+        return _DecodeOutput(positions, shard, token_ids)
 
     def _replay_decode(self, plan: StepPlan, graphs: DecodeGraphs[_DecodeOutput]) -> None:
         slots = plan.decode_slots
         if self._hidden_in is not None:
             self._channels.pipe.recv(self._hidden_in[: len(slots)], self._layout.pp_rank - 1)
         output = graphs.replay(slots)
-        result = output.result[: len(slots)]
-        rows = _SampledRows(plan.step, slots, -1, output.positions[: len(slots)])
-        if self._layout.pp_size == 1:
-            self._keep_result(rows, Sampled(result))
-        elif self._layout.is_last_stage:
-            self._send(Sampled(result.clone()))  # the next replay overwrites what is still on its way
-        else:
+        # What is sent on would be overwritten by the next replay while it is on its way.
+        result, rows = output.result[: len(slots)], self._sampled_rows(plan, output.positions[: len(slots)])
+        if not self._layout.is_last_stage:
             self._send_hidden(result.clone())
             self._expect(replace(rows, positions=rows.positions.clone()))
+        elif output.token_ids is None or not self._are_plain(slots):
+            self._pass_on(rows, self._sampler.sample(result, slots, rows.positions))
+        elif self._layout.is_first_stage:  # the tokens are in the tables
+            self._keep_result(rows, Sampled(output.token_ids[: len(slots)]))
+        else:
+            self._send(Sampled(output.token_ids[: len(slots)].clone()))
+
+    def _are_plain(self, slots: list[int]) -> bool:
+        return all(self._tables.sampling[slot].is_plain for slot in slots)
+
+    def _sampled_rows(self, plan: StepPlan, positions: torch.Tensor) -> _SampledRows:
+        slots = plan.sampled_slots
+        num_top = num_top_logprobs([self._tables.sampling[slot] for slot in slots])
+        return _SampledRows(plan.step, slots, num_top, positions)
 
     def _receive_hidden(self, plan: StepPlan) -> torch.Tensor | None:
         if self._layout.is_first_stage:
@@ -193,15 +207,17 @@ class ModelRunner:
 
     def _sample(self, plan: StepPlan, batch: TokenBatch, hidden: torch.Tensor) -> None:
         """Last stage: sample, and send the ids to the first. First stage: note that they will come."""
-        slots = plan.sampled_slots
         index = to_device(plan.sampled_rows, torch.int64, self._device)
-        num_top = num_top_logprobs([self._tables.sampling[slot] for slot in slots])
-        rows = _SampledRows(plan.step, slots, num_top, batch.seq_lens[index].long())
+        rows = self._sampled_rows(plan, batch.seq_lens[index].long())
         if not self._layout.is_last_stage:
             self._expect(rows)
             return
         last_tokens = batch.cu_seqlens_q[1:][index].long() - 1
-        sampled = sample(self._decoder.logits(hidden[last_tokens]), slots, rows.positions, self._tables)
+        shard = self._decoder.head(hidden[last_tokens])
+        self._pass_on(rows, self._sampler.sample(shard, rows.slots, rows.positions))
+
+    def _pass_on(self, rows: _SampledRows, sampled: Sampled) -> None:
+        """From the last stage to the tables of the first."""
         if self._layout.is_first_stage:
             self._take_up(rows, sampled)
         else:

@@ -7,7 +7,6 @@ no tensor, no rank and no request; plan_codec turns it into words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -101,10 +100,6 @@ class StepPlan:
         num_decodes = len(self.decode_slots)
         ends = accumulate((row.num_tokens for row in self.prefills), initial=num_decodes)
         return [*range(num_decodes), *ends]
-
-    def is_plain_decode(self, sampling: Sequence[RowSampling]) -> bool:
-        """Whether every row is a decode that a captured step can sample. sampling: by slot."""
-        return not self.prefills and all(sampling[slot].is_plain for slot in self.decode_slots)
 
     @property
     def sampled_slots(self) -> list[int]:

@@ -1,7 +1,4 @@
-"""Sampler: logits of the last stage to token ids and log-probabilities, by the parameters in the slot tables.
-
-Runs on every tensor-parallel rank of the last stage with the same logits, so all of them hold the same ids.
-"""
+"""Sampler: logits of the last stage to token ids and log-probabilities, by the slot tables' parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from distllm.kernels import sample_tokens, token_logprobs
+from distllm.kernels import lowest_kept, sample_tokens, token_logprobs
+from distllm.parallel.vocab import VocabParallelHead
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import to_device
@@ -46,24 +44,47 @@ class Sampled:
         return [part for part in self.parts if part.numel()]
 
 
-def sample(logits: torch.Tensor, slots: list[int], positions: torch.Tensor, tables: SlotTables) -> Sampled:
-    """One token for each row of logits [n, vocab]; positions [n] int64 are those of the new tokens."""
-    rows = [tables.sampling[slot] for slot in slots]
-    index = to_device(slots, torch.int64, logits.device)
-    parameters = tables.parameters(index)
-    allowed = forbid_early_stop(logits, rows, positions - parameters.pop("num_prompt"))
-    truncates = any(row.truncates for row in rows)
-    token_ids = sample_tokens(allowed, positions=positions, **parameters, truncates=truncates)
-    return _with_logprobs(logits, token_ids, num_top_logprobs(rows))
+class Sampler:
+    """The last stage's. Every tensor-parallel rank calls it alike and gets the same tokens.
+
+    Rows that are plain (RowSampling.is_plain) are chosen where their logits lie, and only the best of each
+    rank travel; the others need all logits on every rank.
+    """
+
+    def __init__(self, head: VocabParallelHead, tables: SlotTables) -> None:
+        self._head = head
+        self._tables = tables
+
+    def sample(self, shard: torch.Tensor, slots: list[int], positions: torch.Tensor) -> Sampled:
+        """One token for each row of the head's logits; positions [n] int64 are those of the new tokens.
+
+        Collective: one all_gather by every rank of tp.
+        """
+        rows = [self._tables.sampling[slot] for slot in slots]
+        index = to_device(slots, torch.int64, shard.device)
+        if all(row.is_plain for row in rows):
+            return Sampled(self.sample_plain(shard, index, positions))
+        logits, parameters = self._head.gather(shard), self._tables.parameters(index)
+        token_ids = _choose(logits, rows, positions, parameters)
+        return _with_logprobs(logits, token_ids, num_top_logprobs(rows))
+
+    def sample_plain(self, shard: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """As sample(), of plain rows: [n] int64. Decides nothing on the host, so it can be captured."""
+        parameters = self._tables.parameters(slots)
+        return self._head.best_tokens(shard, parameters["temperature"], parameters["seed"], positions)
 
 
-def sample_plain(
-    logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, tables: SlotTables
+def _choose(
+    logits: torch.Tensor,
+    rows: list[RowSampling],
+    positions: torch.Tensor,
+    parameters: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    """As sample(), for rows that are plain (RowSampling.is_plain); decides nothing on the host. [n] int64."""
-    parameters = tables.parameters(slots)
-    del parameters["num_prompt"]
-    return sample_tokens(logits, positions=positions, **parameters, truncates=False)
+    allowed = forbid_early_stop(logits, rows, positions - parameters["num_prompt"])
+    temperature, lowest = parameters["temperature"], None
+    if any(row.truncates for row in rows):
+        lowest = lowest_kept(allowed, temperature, *(parameters[n] for n in ("top_k", "top_p", "min_p")))
+    return sample_tokens(allowed, temperature, parameters["seed"], positions, lowest)
 
 
 def num_top_logprobs(rows: list[RowSampling]) -> int:

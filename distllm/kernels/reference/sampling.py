@@ -3,7 +3,7 @@ position only.
 
 Sampling is Gumbel-max: argmax(logits / temperature + noise), where the noise of a vocabulary entry is a hash
 of (seed, position, entry). No state advances, so neither the batch, nor the layout, nor a restart can change
-a result.
+a result; and the best of each shard of the vocabulary is all that the best of the whole is found from.
 """
 
 from __future__ import annotations
@@ -34,75 +34,68 @@ def _mix32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """[num_rows, vocab_size] fp32 Gumbel noise, a function of (seed, position, vocabulary entry).
+def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+    """[num_rows, num_entries] fp32 Gumbel noise, a function of (seed, position, vocabulary entry).
 
-    seeds, positions: [num_rows] int64. Computed in fp64 and rounded once, so that no vector width shows.
+    seeds, positions: [num_rows] int64; entries: [num_entries] int64. Computed in fp64 and rounded once, so
+    that no vector width shows.
     """
     key = _mix64(_mix64(seeds) + (positions + 1) * _GOLDEN64)
-    entries = torch.arange(vocab_size, device=seeds.device) * _GOLDEN32
-    bits = _mix32((entries + (key & _MASK32)[:, None]) & _MASK32)
+    bits = _mix32((entries * _GOLDEN32 + (key & _MASK32)[:, None]) & _MASK32)
     bits = _mix32(bits ^ _shift_right(key, 32)[:, None])
     uniform = ((bits >> 8).double() + 0.5) * 2.0**-24
     return -(-uniform.log()).log().float()
 
 
-def truncate_logits(
-    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
-    """Set to −inf what min_p, then top_k, then top_p (over what is left) exclude; ties at a border stay.
+def best_tokens(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    positions: torch.Tensor,
+    lowest: torch.Tensor | None = None,
+    *,
+    first_entry: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What sample_tokens chooses from one shard of the vocabulary, and the score that it has to win by.
 
-    logits: [num_rows, vocab] fp32, temperature applied. top_k: [num_rows] int64, 0 for all; top_p, min_p:
-    fp32.
+    logits: [num_rows, shard]; column j is vocabulary entry first_entry + j. A shard may be empty, or padded
+    with −inf. The rest as in sample_tokens, lowest being that of the whole vocabulary.
+    Returns (scores [num_rows] fp32, token_ids [num_rows] int64): the lowest id where scores tie.
     """
-    best = logits.amax(-1, keepdim=True)
-    logits = logits.masked_fill(logits < best + min_p.log()[:, None], -torch.inf)
-    ordered = logits.sort(-1, descending=True).values
-    vocab_size = logits.shape[-1]
-    last = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size) - 1
-    ordered = ordered.masked_fill(ordered < ordered.gather(-1, last[:, None]), -torch.inf)
-    probs = ordered.softmax(-1)
-    # top_p 1 keeps all by itself: a rounded cumulative sum may reach 1 before the last entry.
-    kept = ((probs.cumsum(-1) - probs < top_p[:, None]) | (top_p >= 1)[:, None]) & (ordered > -torch.inf)
-    lowest = ordered.gather(-1, kept.sum(-1, keepdim=True).clamp(min=1) - 1)
-    return logits.masked_fill(logits < lowest, -torch.inf)
+    num_rows, num_entries = logits.shape
+    if num_entries == 0:
+        return temperature.new_full((num_rows,), -torch.inf), seed.new_full((num_rows,), first_entry)
+    scores, greedy = logits.float(), temperature == 0
+    if lowest is not None:
+        scores = scores.masked_fill(scores < lowest[:, None], -torch.inf)
+    if not greedy.all():
+        entries = torch.arange(first_entry, first_entry + num_entries, device=logits.device)
+        rate = 1 / torch.where(greedy, 1.0, temperature)
+        drawn = scores * rate[:, None] + gumbel_noise(seed, positions, entries)
+        scores = torch.where(greedy[:, None], scores, drawn)
+    best = scores.max(-1)
+    return best.values, best.indices + first_entry
+
+
+def choose_best(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """The token of the highest score, the lowest id where scores tie. [num_rows] int64.
+
+    scores fp32, token_ids int64: [num_shards, num_rows], what best_tokens gave for each shard.
+    """
+    beaten = scores < scores.amax(0)
+    return token_ids.masked_fill(beaten, torch.iinfo(torch.int64).max).amin(0)
 
 
 def sample_tokens(
     logits: torch.Tensor,
     temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
     seed: torch.Tensor,
     positions: torch.Tensor,
-    *,
-    truncates: bool,
+    lowest: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The next token of each row: argmax where temperature is 0, Gumbel-max elsewhere. [num_rows] int64.
 
-    logits: [num_rows, vocab]. positions: of the new token, [num_rows] int64. truncates: whether any row
-    has top_k, top_p or min_p set; known on the host, so that batches without them pay nothing.
+    logits: [num_rows, vocab], any row stride. temperature: fp32; seed, positions (of the new token): int64;
+    lowest: lowest_kept's, or None where no row excludes anything; all [num_rows].
     """
-    logits, greedy = logits.float(), temperature == 0
-    best = logits.argmax(-1)
-    if greedy.all():
-        return best
-    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    if truncates:
-        scaled = truncate_logits(scaled, top_k, top_p, min_p)
-    noise = gumbel_noise(seed, positions, logits.shape[-1])
-    return torch.where(greedy, best, (scaled + noise).argmax(-1))
-
-
-def token_logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the tokens and of the num_top best.
-
-    Returns (logprob [n] fp32, rank [n] int64 with 1 the best, top_ids [n, num_top] int64, top_logprobs fp32).
-    """
-    logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(-1, token_ids[:, None])
-    top = logprobs.topk(num_top, dim=-1)
-    return chosen[:, 0], (logprobs > chosen).sum(-1) + 1, top.indices, top.values
+    return best_tokens(logits, temperature, seed, positions, lowest)[1]

@@ -1,7 +1,8 @@
 """Argmax and Gumbel-max over the vocabulary in one pass: no softmax, no noise tensor, no sort.
 
 The noise is the hash of `kernels.reference.sampling`, in 32-bit arithmetic. A row's programs each take a
-piece of the vocabulary; a second, tiny kernel takes the best of the pieces, the lowest id where values tie.
+piece of the vocabulary; a second, tiny kernel takes the best of the pieces, as it does of the shards of
+several ranks: the lowest id where scores tie.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
-from distllm.kernels.reference.sampling import truncate_logits
 from distllm.kernels.triton.launch import OVERLAP, wait_for_inputs
 
 BLOCK, NUM_WARPS = 1024, 8
 MAX_PIECES = 64
 PROGRAMS_WANTED = 8 * 132  # eight on each multiprocessor of the devices that this is tuned for
+LN2 = tl.constexpr(0.6931471805599453)
+ON_GPU = tl.constexpr(torch.cuda.is_available())  # elsewhere Triton's interpreter, which has no libdevice
 
 
 @triton.jit
@@ -40,6 +43,18 @@ def _noise_key(seed, position):
 
 
 @triton.jit
+def _log(x):
+    """Of a normal number, within 2e-7 around 1 and by 2⁻²² elsewhere: one instruction and a product.
+
+    Two of them an entry bound the sampling of large batches; tl.log and tl.log2 take two dozen instructions.
+    """
+    if ON_GPU:
+        return libdevice.fast_log2f(x) * LN2
+    else:
+        return tl.log(x)
+
+
+@triton.jit
 def _gumbel(entries, key):
     bits = _mix32(entries.to(tl.uint32) * 0x9E3779B1 + key.to(tl.uint32))
     bits = _mix32(bits ^ (key >> 32).to(tl.uint32))
@@ -47,90 +62,108 @@ def _gumbel(entries, key):
     rest = (
         tl.minimum((0xFFFFFF - (bits >> 8)).to(tl.float32) + 0.5, 16777215.0) * 5.9604644775390625e-08
     )  # 2⁻²⁴
-    series = rest * (1.0 + rest * (0.5 + rest * (0.3333333333 + rest * 0.25)))
-    return -tl.log(tl.where(rest < 0.015625, series, -tl.log(1.0 - rest)))
+    tail = 0.25 + rest * (0.2 + rest * 0.1666666667)
+    series = rest * (1.0 + rest * (0.5 + rest * (0.3333333333 + rest * tail)))
+    return -_log(tl.where(rest < 0.0625, series, -_log(1.0 - rest)))
 
 
-@triton.jit(do_not_specialize=["piece_blocks", "num_pieces"])
+@triton.jit(do_not_specialize=["first_entry", "piece_blocks"])
 def _best_of_piece_kernel(
-    logits, temperature, seed, positions, values, indices, vocab_size, row_stride, piece_blocks, num_pieces,
-    BLOCK: tl.constexpr,
+    logits, temperature, seed, positions, lowest, scores, token_ids, first_entry, vocab_size, row_stride,
+    piece_blocks, TRUNCATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The best score of one piece of a row, and its lowest entry. A piece is piece_blocks · BLOCK entries."""
     wait_for_inputs()
     piece, row = tl.program_id(0), tl.program_id(1)
     first = piece * piece_blocks * BLOCK
     heat = tl.load(temperature + row)
+    rate = tl.div_rn(1.0, heat)
+    if TRUNCATED:
+        border = tl.load(lowest + row)
     key = _noise_key(tl.load(seed + row), tl.load(positions + row))
     logits += row.to(tl.int64) * row_stride
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     # A row of −inf alone still yields an entry of this piece.
-    where = tl.minimum(first + tl.arange(0, BLOCK), vocab_size - 1)
+    where = tl.minimum(first + tl.arange(0, BLOCK), tl.maximum(vocab_size, 1) - 1)
     for start in range(first, tl.minimum(first + piece_blocks * BLOCK, vocab_size), BLOCK):
         entries = start + tl.arange(0, BLOCK)
-        scores = tl.load(logits + entries, mask=entries < vocab_size, other=float("-inf")).to(tl.float32)
-        if heat > 0:
-            scores = scores / heat + _gumbel(entries, key)
-        where = tl.where(scores > best, entries, where)  # of equal scores the first stays
-        best = tl.maximum(scores, best)
+        score = tl.load(logits + entries, mask=entries < vocab_size, other=float("-inf")).to(tl.float32)
+        draws = heat > 0
+        if TRUNCATED:
+            score = tl.where(score >= border, score, float("-inf"))
+            draws = draws & (tl.max(score) > float("-inf"))  # most blocks keep nothing, and need no noise
+        if draws:
+            score = score * rate + _gumbel(first_entry + entries, key)
+        where = tl.where(score > best, entries, where)  # of equal scores the first stays
+        best = tl.maximum(score, best)
     top = tl.max(best)
-    tl.store(values + row * num_pieces + piece, top)
-    tl.store(indices + row * num_pieces + piece, tl.min(tl.where(best == top, where, vocab_size - 1)))
+    entry = tl.min(tl.where(best == top, where, 2147483647))
+    out = piece * tl.num_programs(1) + row
+    tl.store(scores + out, top)
+    tl.store(token_ids + out, first_entry + entry.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["num_pieces"])
-def _best_of_row_kernel(values, indices, out, num_pieces, MAX_PIECES: tl.constexpr):
+@triton.jit(do_not_specialize=["num_shards"])
+def _choose_best_kernel(scores, token_ids, best_scores, best_ids, num_shards, MAX_SHARDS: tl.constexpr):
     wait_for_inputs()
-    row = tl.program_id(0)
-    pieces = tl.arange(0, MAX_PIECES)
-    inside = pieces < num_pieces
-    value = tl.load(values + row * num_pieces + pieces, mask=inside, other=float("-inf"))
-    index = tl.load(indices + row * num_pieces + pieces, mask=inside, other=2147483647)
-    tl.store(out + row, tl.min(tl.where(value == tl.max(value), index, 2147483647)).to(tl.int64))
+    row, num_rows = tl.program_id(0), tl.num_programs(0)
+    shards = tl.arange(0, MAX_SHARDS)
+    places, inside = shards * num_rows + row, shards < num_shards
+    score = tl.load(scores + places, mask=inside, other=float("-inf"))
+    token_id = tl.load(token_ids + places, mask=inside, other=0x7FFFFFFFFFFFFFFF)
+    top = tl.max(score)
+    tl.store(best_scores + row, top)
+    tl.store(best_ids + row, tl.min(tl.where(score == top, token_id, 0x7FFFFFFFFFFFFFFF)))
 
 
 def sample_tokens(
     logits: torch.Tensor,
     temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
     seed: torch.Tensor,
     positions: torch.Tensor,
-    *,
-    truncates: bool,
+    lowest: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if truncates:
-        logits = _truncated(logits, temperature, top_k, top_p, min_p)
+    return best_tokens(logits, temperature, seed, positions, lowest)[1]
+
+
+def best_tokens(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    positions: torch.Tensor,
+    lowest: torch.Tensor | None = None,
+    *,
+    first_entry: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, vocab_size = logits.shape
-    piece_blocks, num_pieces = _pieces(num_rows, vocab_size)
-    values = torch.empty(num_rows, num_pieces, dtype=torch.float32, device=logits.device)
-    indices = torch.empty(num_rows, num_pieces, dtype=torch.int32, device=logits.device)
-    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    piece_blocks, num_pieces = row_pieces(num_rows, vocab_size)
+    scores = torch.empty(num_pieces, num_rows, dtype=torch.float32, device=logits.device)
+    token_ids = torch.empty(num_pieces, num_rows, dtype=torch.int64, device=logits.device)
     _best_of_piece_kernel[(num_pieces, num_rows)](
-        logits, temperature, seed, positions, values, indices, vocab_size, logits.stride(0), piece_blocks,
-        num_pieces, BLOCK, num_warps=NUM_WARPS, **OVERLAP,
+        logits, temperature, seed, positions, lowest, scores, token_ids, first_entry, vocab_size,
+        logits.stride(0), piece_blocks, lowest is not None, BLOCK, num_warps=NUM_WARPS, **OVERLAP,
     )  # fmt: skip
-    _best_of_row_kernel[(num_rows,)](values, indices, out, num_pieces, MAX_PIECES, num_warps=1, **OVERLAP)
-    return out
+    return _best_of_each_row(scores, token_ids)
 
 
-def _pieces(num_rows: int, vocab_size: int) -> tuple[int, int]:
+def choose_best(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    return _best_of_each_row(scores, token_ids)[1]
+
+
+def _best_of_each_row(scores: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores, token_ids: [num_shards, num_rows], contiguous."""
+    num_shards, num_rows = scores.shape
+    assert num_shards <= MAX_PIECES, "the kernel sees so many shards at once"
+    best_scores, best_ids = torch.empty_like(scores[0]), torch.empty_like(token_ids[0])
+    _choose_best_kernel[(num_rows,)](
+        scores, token_ids, best_scores, best_ids, num_shards, MAX_PIECES, num_warps=1, **OVERLAP,
+    )  # fmt: skip
+    return best_scores, best_ids
+
+
+def row_pieces(num_rows: int, vocab_size: int) -> tuple[int, int]:
     """(blocks of a piece, pieces of a row): enough programs to fill the device, and no more reductions."""
-    blocks = triton.cdiv(vocab_size, BLOCK)
+    blocks = max(1, triton.cdiv(vocab_size, BLOCK))
     wanted = max(1, min(blocks, MAX_PIECES, PROGRAMS_WANTED // num_rows))
     piece_blocks = triton.cdiv(blocks, wanted)
     return piece_blocks, triton.cdiv(blocks, piece_blocks)
-
-
-def _truncated(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-) -> torch.Tensor:
-    """logits with what top-k, top-p and min-p exclude at −inf; temperature is not yet applied to the rest."""
-    heat = torch.where(temperature == 0, 1.0, temperature)[:, None]
-    kept = truncate_logits(logits.float() / heat, top_k, top_p, min_p) > -torch.inf
-    return logits.float().masked_fill(~kept & (temperature > 0)[:, None], -torch.inf)

@@ -51,8 +51,10 @@ class StepCases:
         yield self._gather(num_rows, context_len)
         yield from self._layer(num_rows, 1, context_len)
         yield self._linear("head", num_rows, self._shapes[EMBED])
-        yield self._sample(num_rows, truncates=False)
-        yield self._sample(num_rows, truncates=True)
+        yield self._sample(num_rows, truncated=False)
+        yield self._lowest_kept(num_rows, top_k=20, top_p=1.0)
+        yield self._lowest_kept(num_rows, top_k=0, top_p=0.9)
+        yield self._sample(num_rows, truncated=True)
         yield self._logprobs(num_rows)
 
     def prefill(self, num_tokens: int) -> Iterator[Case]:
@@ -173,18 +175,26 @@ class StepCases:
         num_bytes = 2 * table.nbytes + num_rows * 8 * 5  # slots, lengths, positions, mapping, owners
         return Case("gather_batch", f"{num_rows} of {context_len}", num_bytes, 0, make)
 
-    def _sample(self, num_rows: int, *, truncates: bool) -> Case:
-        def column(value: float, dtype: torch.dtype) -> torch.Tensor:
-            return torch.full((num_rows,), value, dtype=dtype, device=self._device)
-
+    def _sample(self, num_rows: int, *, truncated: bool) -> Case:
         def make() -> Call:
-            logits = self._logits(num_rows)
-            options = [column(0.8, torch.float32), column(50, torch.int64), column(0.9, torch.float32)]
-            options += [column(0.05, torch.float32), column(1, torch.int64), column(100, torch.int64)]
-            return lambda: kernels.sample_tokens(logits, *options, truncates=truncates)
+            logits, temperature, *truncation = self._truncation(num_rows, top_k=20, top_p=1.0)
+            lowest = kernels.lowest_kept(logits, temperature, *truncation) if truncated else None
+            seed, positions = (self._column(num_rows, value) for value in (1, 100))
+            return lambda: kernels.sample_tokens(logits, temperature, seed, positions, lowest)
 
-        name = "sample_tokens" + (" top-k/top-p/min-p" if truncates else "")
-        return self._logits_case(name, num_rows, make)
+        return self._logits_case("sample_tokens" + (" truncated" if truncated else ""), num_rows, make)
+
+    def _lowest_kept(self, num_rows: int, *, top_k: int, top_p: float) -> Case:
+        def make() -> Call:
+            options = self._truncation(num_rows, top_k=top_k, top_p=top_p)
+            return lambda: kernels.lowest_kept(*options)
+
+        return self._logits_case("lowest_kept " + ("top-k" if top_k else "top-p"), num_rows, make)
+
+    def _truncation(self, num_rows: int, *, top_k: int, top_p: float) -> tuple[torch.Tensor, ...]:
+        """The arguments of lowest_kept."""
+        columns = (self._column(num_rows, value) for value in (0.8, top_k, top_p, 0.0))
+        return self._logits(num_rows), *columns
 
     def _logprobs(self, num_rows: int) -> Case:
         def make() -> Call:
@@ -198,7 +208,7 @@ class StepCases:
 
     def _logits_case(self, operation: str, num_rows: int, make: MakeCall) -> Case:
         shape = (num_rows, self._spec.vocab_size)
-        return Case(operation, _size(shape), 4 * shape[0] * shape[1], 0, make)
+        return self._case(operation, _size(shape), shape[0] * shape[1], make)
 
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=self._dtype, device=self._device)
@@ -207,7 +217,12 @@ class StepCases:
         return torch.randint(below, (n,), device=self._device)
 
     def _logits(self, num_rows: int) -> torch.Tensor:
-        return torch.randn(num_rows, self._spec.vocab_size, device=self._device)
+        """About as far apart as those of a trained model: how long a border takes to find depends on it."""
+        return 3 * self._random(num_rows, self._spec.vocab_size)
+
+    def _column(self, num_rows: int, value: float) -> torch.Tensor:
+        dtype = torch.int64 if isinstance(value, int) else torch.float32
+        return torch.full((num_rows,), value, dtype=dtype, device=self._device)
 
     def _kv_cache_layer(self, num_rows: int, seq_len: int) -> torch.Tensor:
         num_blocks = num_rows * _num_blocks(seq_len)

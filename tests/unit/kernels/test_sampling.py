@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from distllm.kernels.reference.sampling import gumbel_noise, sample_tokens, token_logprobs, truncate_logits
+from distllm.kernels.reference.logprobs import token_logprobs
+from distllm.kernels.reference.sampling import best_tokens, choose_best, gumbel_noise, sample_tokens
+from distllm.kernels.reference.truncation import lowest_kept
+from tests.sampling_cases import check_kept, chi_square_passes, hard_rows, kept_by_hand, shards
 
 
 def hash_by_hand(seed: int, position: int, entry: int) -> int:
@@ -32,89 +35,89 @@ def hash_by_hand(seed: int, position: int, entry: int) -> int:
 def test_noise_is_the_documented_hash() -> None:
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 123456789012345]
     positions = [0, 1, 5, 1000, 131071, 2**31]
-    noise = gumbel_noise(torch.tensor(seeds), torch.tensor(positions), 300)
+    entries = torch.tensor([0, 1, 17, 299, 151935])
+    noise = gumbel_noise(torch.tensor(seeds), torch.tensor(positions), entries)
     for row, (seed, position) in enumerate(zip(seeds, positions, strict=True)):
-        for entry in (0, 1, 17, 299):
+        for column, entry in enumerate(entries.tolist()):
             uniform = ((hash_by_hand(seed, position, entry) >> 8) + 0.5) / 2**24
-            assert noise[row, entry].item() == pytest.approx(
+            assert noise[row, column].item() == pytest.approx(
                 -math.log(-math.log(uniform)), rel=1e-6, abs=1e-6
             )
 
 
-def keep_by_hand(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """min_p, then top_k, then top_p over what is left, in fp64, one row."""
-    probs = np.exp(logits - logits.max())
-    probs /= probs.sum()
-    kept = set(np.flatnonzero(probs >= min_p * probs.max()))
-    if top_k > 0:
-        border = sorted((probs[i] for i in kept), reverse=True)[:top_k][-1]
-        kept = {i for i in kept if probs[i] >= border}
-    if top_p < 1:
-        total, mass, nucleus = sum(probs[i] for i in kept), 0.0, set()
-        for i in sorted(kept, key=lambda i: -probs[i]):
-            if mass >= top_p:
-                break
-            nucleus.add(i)
-            mass += probs[i] / total
-        kept = nucleus
-    return kept
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 17, 1000, 1031])
+def test_truncation_keeps_what_fp64_keeps(vocab: int, dtype: torch.dtype) -> None:
+    for seed in range(5):
+        logits, columns = hard_rows(vocab, dtype, seed)
+        check_kept(lowest_kept(logits, *columns), logits, columns, epsilon=1e-9)
 
 
-def test_truncation_keeps_what_fp64_keeps() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        vocab = int(rng.integers(1, 200))
-        rows = int(rng.integers(1, 8))
-        logits = rng.normal(0, 3, (rows, vocab)).astype(np.float32)
-        top_k = rng.choice([0, 1, 2, 5, 50, 1000], rows)
-        top_p = rng.choice([0.01, 0.3, 0.9, 0.999, 1.0], rows)
-        min_p = rng.choice([0.0, 0.01, 0.3, 1.0], rows)
-        cut = truncate_logits(
-            torch.from_numpy(logits),
-            torch.from_numpy(top_k),
-            torch.from_numpy(top_p).float(),
-            torch.from_numpy(min_p).float(),
-        )
-        for row in range(rows):
-            expected = keep_by_hand(logits[row].astype(np.float64), top_k[row], top_p[row], min_p[row])
-            assert set(torch.isfinite(cut[row]).nonzero()[:, 0].tolist()) == expected
+def test_a_row_of_minus_infinity_has_no_border() -> None:
+    column = torch.ones(2)
+    lowest = lowest_kept(torch.full((2, 9), -torch.inf), column, column.long(), column / 2, column / 2)
+    assert lowest.tolist() == [-math.inf] * 2
 
 
 def draw(logits: torch.Tensor, count: int, **overrides: float) -> torch.Tensor:
     """count samples of one distribution, one seed each."""
     values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | overrides
-    return sample_tokens(
-        logits.expand(count, -1),
-        torch.full((count,), values["temperature"]),
-        torch.full((count,), int(values["top_k"])),
-        torch.full((count,), values["top_p"]),
-        torch.full((count,), values["min_p"]),
-        torch.arange(count) * 7919,
-        torch.arange(count) % 13,
-        truncates=True,
-    )
+    temperature, top_k, top_p, min_p = (torch.full((count,), value) for value in values.values())
+    rows = logits.expand(count, -1)
+    lowest = lowest_kept(rows[:1], temperature[:1], top_k[:1].long(), top_p[:1], min_p[:1]).expand(count)
+    return sample_tokens(rows, temperature, torch.arange(count) * 7919, torch.arange(count) % 13, lowest)
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2, "temperature": 1.7}]
+    "overrides",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"min_p": 0.2, "temperature": 1.7},
+        {"min_p": 0.05, "top_k": 7, "top_p": 0.8, "temperature": 1.3},
+    ],
 )
 def test_draws_follow_the_distribution(overrides: dict[str, float]) -> None:
-    """Chi-square over 12 tokens at 100,000 draws; the limit is the 99.99 % point."""
+    """Chi-square over 12 tokens at 100,000 draws."""
     logits = torch.randn(12, generator=torch.Generator().manual_seed(3)) * 1.5
-    scaled = logits.double().numpy() / overrides.get("temperature", 1.0)
-    kept = keep_by_hand(
-        scaled, int(overrides.get("top_k", 0)), overrides.get("top_p", 1.0), overrides.get("min_p", 0)
-    )
-    weights = np.array([math.exp(scaled[i]) if i in kept else 0.0 for i in range(12)])
-    expected = weights / weights.sum() * 100_000
+    wide = logits.double().numpy()
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | overrides
+    weights = np.exp(wide / values["temperature"]) * kept_by_hand(wide, *values.values())
     counts = np.bincount(draw(logits, 100_000, **overrides).numpy(), minlength=12)
-    assert counts[expected == 0].sum() == 0
-    live = expected > 0
-    chi_square = ((counts - expected)[live] ** 2 / expected[live]).sum()
-    freedom = live.sum() - 1
-    # Wilson-Hilferty: the 99.99 % point of chi-square.
-    limit = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
-    assert chi_square < limit
+    assert chi_square_passes(counts, weights / weights.sum())
+
+
+def test_draws_at_many_positions_follow_the_distribution() -> None:
+    """As one sequence draws: one seed, a position each."""
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(4)) * 2
+    kept = kept_by_hand(logits.double().numpy(), 0.8, 12, 0.95, 0.0)
+    weights = np.exp(logits.double().numpy() / 0.8) * kept
+    one = torch.ones(5000)
+    lowest = one * logits[torch.from_numpy(kept)].min()
+    ids = sample_tokens(logits.expand(5000, -1), one * 0.8, one.long() * 77, torch.arange(5000), lowest)
+    assert chi_square_passes(np.bincount(ids.numpy(), minlength=50), weights / weights.sum())
+
+
+@pytest.mark.parametrize("num_shards", range(1, 9))
+@pytest.mark.parametrize("vocab", [1, 5, 131, 1031])
+def test_shards_choose_what_the_whole_chooses(vocab: int, num_shards: int) -> None:
+    logits, (temperature, *truncation) = hard_rows(vocab, torch.bfloat16)
+    logits[::7] = -torch.inf
+    seed, positions = torch.randint(-(2**62), 2**62, (36,)), torch.randint(0, 5000, (36,))
+    for lowest in (None, lowest_kept(logits, temperature, *truncation)):
+        args = (temperature, seed, positions, lowest)
+        want_scores, want = best_tokens(logits, *args)
+        assert torch.equal(want, sample_tokens(logits, *args))
+        for pads in (False, True):
+            parts = [
+                best_tokens(shard, *args, first_entry=first)
+                for first, shard in shards(logits, num_shards, pads=pads)
+            ]
+            scores, token_ids = (torch.stack(part) for part in zip(*parts, strict=True))
+            assert torch.equal(choose_best(scores, token_ids), want)
+            assert torch.equal(scores.amax(0), want_scores)
 
 
 def test_a_row_does_not_see_its_batch() -> None:
@@ -128,9 +131,15 @@ def test_a_row_does_not_see_its_batch() -> None:
         torch.randint(-(2**62), 2**62, (32,)),
         torch.randint(0, 1000, (32,)),
     ]
-    together = sample_tokens(logits, *args, truncates=True)
+
+    def choose(logits: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+        temperature, top_k, top_p, min_p, seed, positions = columns
+        lowest = lowest_kept(logits, temperature, top_k, top_p, min_p)
+        return sample_tokens(logits, temperature, seed, positions, lowest)
+
+    together = choose(logits, *args)
     for row in range(32):
-        alone = sample_tokens(logits[row : row + 1], *[a[row : row + 1] for a in args], truncates=True)
+        alone = choose(logits[row : row + 1], *[a[row : row + 1] for a in args])
         assert alone.item() == together[row].item()
     greedy = args[0] == 0
     assert torch.equal(together[greedy], logits[greedy].argmax(-1))
