@@ -24,7 +24,7 @@ class EngineConfig:
     max_model_len: int | None = None  # prompt and generated tokens of one sequence
     max_num_seqs: int = 256  # sequences that run at the same time
     max_num_batched_tokens: int = 8192  # of one step; longer prompts are computed in chunks
-    block_size: int = 16  # tokens per KV block
+    block_size: int = 64  # tokens per KV block: what attention fetches at once
     enable_prefix_caching: bool = True
     kv_cache_memory_bytes: int | None = None  # per rank
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory for weights, KV cache and the step itself

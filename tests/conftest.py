@@ -13,6 +13,15 @@ from pathlib import Path
 import pytest
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Where there is no GPU, every test that is marked gpu is skipped and says so."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama folder without a tokenizer, to be read only: 5 layers, 8 heads, 2 KV heads, vocabulary 131."""

@@ -14,7 +14,8 @@ class TokenBatch:
     """The rows of one step, packed. Row i holds tokens cu_seqlens_q[i] : cu_seqlens_q[i + 1].
 
     A token at position p sees positions 0 … p of its row; the KV of position p lies in block
-    block_table[i, p // block_size] at offset p % block_size.
+    block_table[i, p // block_size] at offset p % block_size. Rows known to be decodes run together, and
+    apart from the others; to count one of those among the others is slower, never wrong.
     """
 
     positions: torch.Tensor  # [num_tokens] int64
@@ -24,3 +25,4 @@ class TokenBatch:
     cu_seqlens_q: torch.Tensor  # [num_rows + 1] int32
     seq_lens: torch.Tensor  # [num_rows] int32, this step's tokens included
     block_table: torch.Tensor  # [num_rows, max_blocks] int32
+    num_decodes: int  # the first num_decodes rows have one token each

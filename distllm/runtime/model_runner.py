@@ -130,7 +130,7 @@ class ModelRunner:
         if self._prompts is None or not self._prompts.fits(plan.num_rows, plan.num_tokens):
             slots = to_device(plan.slots, torch.int64, self._device)
             cu_seqlens = to_device(plan.cu_seqlens, torch.int32, self._device)
-            return self._forward(slots, cu_seqlens, plan.num_tokens, hidden)
+            return self._forward(slots, cu_seqlens, plan.num_tokens, len(plan.decode_slots), hidden)
         if hidden is not None and self._hidden_in is not None:
             self._hidden_in[: plan.num_tokens] = hidden
         batch, hidden = self._prompts.replay(plan.slots, plan.cu_seqlens)
@@ -138,12 +138,18 @@ class ModelRunner:
         return batch, hidden if self._layout.is_last_stage else hidden[: plan.num_tokens].clone()
 
     def _forward(
-        self, slots: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, hidden: torch.Tensor | None
+        self,
+        slots: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        num_tokens: int,
+        num_decodes: int,
+        hidden: torch.Tensor | None,
     ) -> tuple[TokenBatch, torch.Tensor]:
         """This stage's layers over the rows' next tokens. hidden: None on the first stage, which embeds."""
         tables = self._tables
+        known = tables.num_computed, tables.block_table
         batch, token_slots = gather_batch(
-            tables.num_computed, tables.block_table, slots, cu_seqlens, num_tokens, tables.block_size
+            *known, slots, cu_seqlens, num_tokens, tables.block_size, num_decodes
         )
         tables.advance(slots, batch.seq_lens)
         if hidden is None:
@@ -151,16 +157,18 @@ class ModelRunner:
         return batch, self._decoder.forward(hidden, batch, self._kv_cache)
 
     def _prompt(
-        self, slots: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int
+        self, slots: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, num_decodes: int = 0
     ) -> tuple[TokenBatch, torch.Tensor]:
-        """As _forward, with hidden states from where they do not move: what a graph captures."""
+        """As _forward, with hidden states from where they do not move: what a graph captures. Which rows of
+        a replayed prompt step are decodes is not fixed, so there none is known to be one.
+        """
         hidden = None if self._hidden_in is None else self._hidden_in[:num_tokens]
-        return self._forward(slots, cu_seqlens, num_tokens, hidden)
+        return self._forward(slots, cu_seqlens, num_tokens, num_decodes, hidden)
 
     def _decode(self, slots: torch.Tensor) -> _DecodeOutput:
         """One token of each slot, from the tables and back into them: what a graph captures."""
         cu_seqlens = torch.arange(len(slots) + 1, dtype=torch.int32, device=self._device)
-        batch, hidden = self._prompt(slots, cu_seqlens, len(slots))
+        batch, hidden = self._prompt(slots, cu_seqlens, len(slots), len(slots))
         positions = batch.seq_lens.long()
         if not self._layout.is_last_stage:
             return _DecodeOutput(positions, hidden)

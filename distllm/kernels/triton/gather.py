@@ -57,6 +57,7 @@ def gather_batch(
     cu_seqlens_q: torch.Tensor,
     num_tokens: int,
     block_size: int,
+    num_decodes: int,
 ) -> tuple[TokenBatch, torch.Tensor]:
     num_rows, width = len(slots), block_table.shape[1]
     batch = TokenBatch(
@@ -65,6 +66,7 @@ def gather_batch(
         cu_seqlens_q=cu_seqlens_q,
         seq_lens=torch.empty(num_rows, dtype=torch.int32, device=slots.device),
         block_table=torch.empty(num_rows, width, dtype=torch.int32, device=slots.device),
+        num_decodes=num_decodes,
     )
     token_slots = torch.empty_like(batch.positions)
     chunks = triton.cdiv(num_tokens, TOKENS)  # one row may have all tokens

@@ -19,7 +19,7 @@ from distllm.models.spec import DecoderSpec
 from distllm.ops.bench.timing import Call
 from distllm.parallel.layout import RankLayout
 
-BLOCK_SIZE = 16  # tokens of a KV block, EngineConfig's default
+BLOCK_SIZE = 64  # tokens of a KV block, EngineConfig's default
 NUM_LOGPROBS = 5
 
 MakeCall = Callable[[], Call]
@@ -170,7 +170,9 @@ class StepCases:
             computed = torch.full((num_rows,), context_len - 1, device=self._device)
             slots = torch.arange(num_rows, device=self._device)
             starts = torch.arange(num_rows + 1, dtype=torch.int32, device=self._device)
-            return lambda: kernels.gather_batch(computed, table, slots, starts, num_rows, BLOCK_SIZE)
+            return lambda: kernels.gather_batch(
+                computed, table, slots, starts, num_rows, BLOCK_SIZE, num_rows
+            )
 
         num_bytes = 2 * table.nbytes + num_rows * 8 * 5  # slots, lengths, positions, mapping, owners
         return Case("gather_batch", f"{num_rows} of {context_len}", num_bytes, 0, make)
@@ -245,6 +247,7 @@ class StepCases:
             cu_seqlens_q=row * tokens_per_row,
             seq_lens=torch.full_like(row[1:], seq_len),
             block_table=table,
+            num_decodes=num_rows if tokens_per_row == 1 else 0,
         )
 
 

@@ -19,7 +19,7 @@ def test_gather_matches_a_loop() -> None:
         counts = [rng.randint(1, 4 * block_size) for _ in slots]
         starts = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32)
         batch, token_slots = gather_batch(
-            num_computed, table, torch.tensor(slots), starts, sum(counts), block_size
+            num_computed, table, torch.tensor(slots), starts, sum(counts), block_size, 2
         )
         expected = [
             (slot, position, table[slot, position // block_size].item() * block_size + position % block_size)
@@ -32,3 +32,4 @@ def test_gather_matches_a_loop() -> None:
             num_computed[s].item() + c for s, c in zip(slots, counts, strict=True)
         ]
         assert torch.equal(batch.block_table, table[slots])
+        assert batch.num_decodes == 2

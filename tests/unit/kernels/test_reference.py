@@ -80,24 +80,43 @@ def one_row(positions: list[int], table: list[int], block_size: int) -> TokenBat
         cu_seqlens_q=torch.tensor([0, len(positions)], dtype=torch.int32),
         seq_lens=torch.tensor([positions[-1] + 1], dtype=torch.int32),
         block_table=block_table,
+        num_decodes=0,
     )
 
 
-def test_rope_and_cache_kv() -> None:
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [0, 2, 6, 10])
+def test_rope_and_cache_kv(rotary_dim: int, interleaved: bool, normed: bool) -> None:
     """Against complex multiplication; KV lands where the table says, and nowhere else."""
-    torch.manual_seed(0)
+    torch.manual_seed(rotary_dim)
     heads, kv_heads, dim, block_size = 6, 2, 10, 4
     batch = one_row([5, 6, 7, 8, 9], table=[3, 6, 1], block_size=block_size)
-    angles = torch.rand(5, dim // 2) * 100
-    qkv = torch.randn(5, (heads + 2 * kv_heads) * dim)
+    angles = torch.rand(5, rotary_dim // 2) * 100
+    qkv, gains = torch.randn(5, (heads + 2 * kv_heads) * dim), (torch.randn(dim), torch.randn(dim))
     cache = torch.full((2, 7, block_size, kv_heads, dim), -9.0)
     q = rope_and_cache_kv(
-        qkv, torch.cat((angles.cos(), angles.sin()), -1), batch, cache, heads, kv_heads, dim
+        qkv,
+        torch.cat((angles.cos(), angles.sin()), -1),
+        batch,
+        cache,
+        *(heads, kv_heads, dim),
+        qk_norm=(*gains, 0.01) if normed else None,
+        interleaved=interleaved,
     )
 
     x = fp64(qkv).reshape(5, -1, dim)
-    turned = (x[..., : dim // 2] + 1j * x[..., dim // 2 :]) * np.exp(1j * fp64(angles))[:, None]
-    turned = np.concatenate((turned.real, turned.imag), -1)
+    turned = x.copy()
+    if normed:
+        turned[:, :heads] = numpy_rms_norm(x[:, :heads], fp64(gains[0]), 0.01)
+        turned[:, heads : heads + kv_heads] = numpy_rms_norm(
+            x[:, heads : heads + kv_heads], fp64(gains[1]), 0.01
+        )
+    for i in range(rotary_dim // 2):
+        pair = [2 * i, 2 * i + 1] if interleaved else [i, i + rotary_dim // 2]
+        number = turned[..., pair[0]] + 1j * turned[..., pair[1]]
+        number *= np.exp(1j * fp64(angles)[:, i, None])
+        turned[..., pair[0]], turned[..., pair[1]] = number.real, number.imag
     np.testing.assert_allclose(q.numpy(), turned[:, :heads], atol=1e-5)
     written = {(6, 1): 0, (6, 2): 1, (6, 3): 2, (1, 0): 3, (1, 1): 4}
     for block in range(7):
@@ -110,7 +129,14 @@ def test_rope_and_cache_kv() -> None:
 
 
 def numpy_attention(
-    q: np.ndarray, cache: np.ndarray, rows: list[tuple[int, int]], tables: np.ndarray, scale: float
+    q: np.ndarray,
+    cache: np.ndarray,
+    rows: list[tuple[int, int]],
+    tables: np.ndarray,
+    scale: float,
+    window: int,
+    softcap: float,
+    slopes: np.ndarray,
 ) -> np.ndarray:
     """rows: (tokens of this step, context) each. One token and one head at a time."""
     out, token = np.zeros_like(q), 0
@@ -118,11 +144,15 @@ def numpy_attention(
     for row, (num_tokens, seq_len) in enumerate(rows):
         places = [(tables[row][p // block_size], p % block_size) for p in range(seq_len)]
         for position in range(seq_len - num_tokens, seq_len):
+            seen = [p for p in range(seq_len) if p <= position and (not window or p > position - window)]
             for head in range(q.shape[1]):
                 kv_head = head // (q.shape[1] // kv_heads)
-                keys = np.stack([cache[0, block, at, kv_head] for block, at in places[: position + 1]])
-                values = np.stack([cache[1, block, at, kv_head] for block, at in places[: position + 1]])
+                keys = np.stack([cache[0, places[p][0], places[p][1], kv_head] for p in seen])
+                values = np.stack([cache[1, places[p][0], places[p][1], kv_head] for p in seen])
                 scores = keys @ q[token, head] * scale
+                if softcap:
+                    scores = softcap * np.tanh(scores / softcap)
+                scores += slopes[head] * (np.array(seen) - position)
                 weights = np.exp(scores - scores.max())
                 out[token, head] = weights / weights.sum() @ values
             token += 1
@@ -140,22 +170,48 @@ ROWS = {
 }
 
 
+KNOBS: dict[str, tuple[int, float, bool]] = {  # window, softcap, alibi
+    "plain": (0, 0.0, False),
+    "window of one": (1, 0.0, False),
+    "window": (5, 0.0, False),
+    "wide window": (13, 0.0, False),
+    "softcap": (0, 1.5, False),
+    "alibi": (0, 0.0, True),
+    "all": (6, 2.0, True),
+}
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
+@pytest.mark.parametrize("knobs", KNOBS)
 @pytest.mark.parametrize("kind", ROWS)
-def test_paged_attention(kind: str, heads: int, kv_heads: int) -> None:
+def test_paged_attention(kind: str, knobs: str, heads: int, kv_heads: int) -> None:
     torch.manual_seed(heads)
     rows, block_size, dim = ROWS[kind], 4, 6
+    window, softcap, has_alibi = KNOBS[knobs]
+    slopes = torch.rand(heads) if has_alibi else torch.zeros(heads)
     width = 6  # wider than any row needs
     tables = torch.randperm(len(rows) * width).view(len(rows), width).int()
     cache = torch.randn(2, len(rows) * width, block_size, kv_heads, dim) * 2
     counts = torch.tensor([count for count, _ in rows])
     q = torch.randn(int(counts.sum()), heads, dim) * 2
-    batch = TokenBatch(
-        positions=torch.cat([torch.arange(length - count, length) for count, length in rows]),
-        slot_mapping=torch.empty(0, dtype=torch.int64),
-        cu_seqlens_q=torch.cat((torch.zeros(1), counts.cumsum(0))).int(),
-        seq_lens=torch.tensor([length for _, length in rows], dtype=torch.int32),
-        block_table=tables,
-    )
-    wanted = numpy_attention(fp64(q), fp64(cache), rows, tables.numpy(), 0.37)
-    np.testing.assert_allclose(paged_attention(q, cache, batch, 0.37).numpy(), wanted, atol=2e-5)
+    wanted = numpy_attention(fp64(q), fp64(cache), rows, tables.numpy(), 0.37, window, softcap, fp64(slopes))
+    leading = next((i for i, (count, _) in enumerate(rows) if count > 1), len(rows))
+    for num_decodes in {0, leading // 2, leading}:  # every one of them is right
+        batch = TokenBatch(
+            positions=torch.cat([torch.arange(length - count, length) for count, length in rows]),
+            slot_mapping=torch.empty(0, dtype=torch.int64),
+            cu_seqlens_q=torch.cat((torch.zeros(1), counts.cumsum(0))).int(),
+            seq_lens=torch.tensor([length for _, length in rows], dtype=torch.int32),
+            block_table=tables,
+            num_decodes=num_decodes,
+        )
+        found = paged_attention(
+            q,
+            cache,
+            batch,
+            0.37,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=slopes if has_alibi else None,
+        )
+        np.testing.assert_allclose(found.numpy(), wanted, atol=2e-5)

@@ -36,7 +36,7 @@ def random_steps(lengths: list[int], rng: random.Random) -> list[Step]:
             if at[row] < stop:
                 rows.append((row, at[row], stop))
                 at[row] = stop
-        # Single tokens first, as plans have them; the kernel must not need it, so sometimes not.
+        # Single tokens first, as plans have them; the kernels must not need it, so sometimes not.
         steps += (
             [Step(sorted(rows, key=lambda r: r[2] - r[1] > 1) if rng.random() < 0.7 else rows)]
             if rows
@@ -56,6 +56,7 @@ def shuffled_tables(lengths: list[int], rng: random.Random) -> torch.Tensor:
 def make_batch(step: Step, tables: torch.Tensor) -> TokenBatch:
     positions = torch.cat([torch.arange(start, stop) for _, start, stop in step.rows])
     counts = torch.tensor([stop - start for _, start, stop in step.rows])
+    longer = (counts > 1).nonzero()
     rows = torch.tensor([row for row, _, _ in step.rows])
     blocks = tables[rows.repeat_interleave(counts), positions // BLOCK_SIZE].long()
     return TokenBatch(
@@ -64,6 +65,7 @@ def make_batch(step: Step, tables: torch.Tensor) -> TokenBatch:
         cu_seqlens_q=torch.cat((torch.zeros(1), counts.cumsum(0))).int(),
         seq_lens=torch.tensor([stop for _, _, stop in step.rows], dtype=torch.int32),
         block_table=tables[rows],
+        num_decodes=int(longer[0]) if len(longer) else len(counts),
     )
 
 
