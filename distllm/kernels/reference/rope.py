@@ -23,7 +23,7 @@ def rope_and_cache_kv(
     head_dim: int,
 ) -> torch.Tensor:
     """Rotate q and k, write k and v where batch.slot_mapping says, return q [num_tokens, num_heads,
-    head_dim].
+    head_dim], contiguous.
 
     qkv: [num_tokens, (num_heads + 2 · num_kv_heads) · head_dim]. cos_sin: [num_tokens, head_dim] fp32, the
     cosines of the first half of a head, then its sines; x[i] turns with x[i + head_dim / 2]. The rotation
@@ -35,7 +35,7 @@ def rope_and_cache_kv(
     keys, values = kv_cache_layer.flatten(1, 2)
     keys[batch.slot_mapping] = rotated[:, num_heads:].to(keys.dtype)
     values[batch.slot_mapping] = heads[:, num_heads + num_kv_heads :].to(values.dtype)
-    return rotated[:, :num_heads]
+    return rotated[:, :num_heads].contiguous()
 
 
 def _rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:

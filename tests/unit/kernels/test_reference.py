@@ -99,6 +99,7 @@ def test_rope_and_cache_kv() -> None:
     turned = (x[..., : dim // 2] + 1j * x[..., dim // 2 :]) * np.exp(1j * fp64(angles))[:, None]
     turned = np.concatenate((turned.real, turned.imag), -1)
     np.testing.assert_allclose(q.numpy(), turned[:, :heads], atol=1e-5)
+    assert q.is_contiguous()  # attention kernels count on it
     written = {(6, 1): 0, (6, 2): 1, (6, 3): 2, (1, 0): 3, (1, 1): 4}
     for block in range(7):
         for offset in range(block_size):
