@@ -151,6 +151,56 @@ def latency(
 
 @bench.command()
 @click.argument("model")
+@workload_option(workloads.LATENCY)
+@click.option(
+    "--phase",
+    type=click.Choice(("decode", "prefill")),
+    default=("decode",),
+    multiple=True,
+    show_default=True,
+    help="prefill: the first token of one request. Repeatable.",
+)
+@count_option("--input-len", (128,), "Tokens of a prompt.")
+@count_option("--batch-size", (1, 256), "Sequences that decode together.")
+@count_option("--num-steps", 20, "Decode steps that are recorded.")
+@click.option(
+    "--trace",
+    type=click.Path(exists=True, file_okay=False, writable=True, path_type=Path),
+    help="A folder for a Chrome trace of each case (*.json.gz).",
+)
+@engine_options
+@load_format_option
+@output_option
+def profile(
+    model: str,
+    phase: tuple[str, ...],
+    input_len: tuple[int, ...],
+    batch_size: tuple[int, ...],
+    num_steps: int,
+    trace: Path | None,
+    output: Path | None,
+    **options: Any,
+) -> None:
+    """Consecutive steps: gaps between them, the host's time, each kernel beside its floor."""
+    start = time.perf_counter()  # what is imported now is part of the way to an engine that is ready
+    from distllm.ops.bench.engine import measure_floors, open_engine
+    from distllm.ops.bench.latency import LatencyWorkload
+    from distllm.ops.bench.profile import run_profile
+    from distllm.ops.bench.report import engine_report
+
+    workload = LatencyWorkload(input_len, num_steps, batch_size)
+    workload.check_batch_sizes(options["max_num_seqs"])
+    with open_engine(model, workload.max_seq_len(options["max_num_batched_tokens"]), options) as llm:
+        ready_s = time.perf_counter() - start
+        floors = measure_floors(llm)
+        results = run_profile(llm, workload, phase, floors, trace)
+        if llm.is_root:
+            report = engine_report("profile", command_line(), llm, ready_s, workload, floors, vars(results))
+            show(report, output)
+
+
+@bench.command()
+@click.argument("model")
 @workload_option(workloads.THROUGHPUT)
 @count_option("--num-prompts", 256, "Requests, all sent at once.")
 @count_option("--input-len", 512, "Tokens of each prompt.")

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from distllm.ops.bench.floors import Ceilings
     from distllm.ops.bench.kernels import KernelResult
     from distllm.ops.bench.latency import DecodeResult, FirstTokenResult
+    from distllm.ops.bench.profile import HostTime, KernelTime, PromptResult, StepsResult
     from distllm.ops.bench.report import Report
     from distllm.ops.bench.throughput import ThroughputResult
+    from distllm.ops.bench.timing import Summary
 
 Row = Sequence[object]
 
@@ -79,6 +81,32 @@ def kernel_row(result: KernelResult) -> Row:
     return (result.operation, result.shape, us(result.time_s.median), us(result.floor_s), *rates)
 
 
+def steps_row(result: StepsResult) -> Row:
+    steps = (us(result.step_s.median), us(result.recorded_step_s.median), us(result.busy_s.median))
+    return (result.batch_size, result.input_len, *steps, *spread(result.gap_s), *spread(result.idle_s))
+
+
+def host_row(result: HostTime) -> Row:
+    return (result.batch_size, result.input_len, result.part, *spread(result.time_s))
+
+
+def prompt_row(result: PromptResult) -> Row:
+    times = (result.ttft_s, result.before_s, result.device_s, result.busy_s, result.after_s)
+    return (result.input_len, *(us(time.median) for time in times))
+
+
+def kernel_time_row(result: KernelTime) -> Row:
+    calls = (f"{result.calls_per_step:g}", us(result.s_per_step / result.calls_per_step))
+    step = (us(result.s_per_step), percent(result.share_percent))
+    floor = (us(result.floor_s), percent(result.floor_percent or 0)) if result.floor_s else ("", "")
+    return (result.case, result.kernel, result.operation, *calls, *step, *floor)
+
+
+def spread(summary: Summary | None) -> Row:
+    """Median, p90 and the most, in µs."""
+    return (us(summary.median), us(summary.p90), us(max(summary.raw))) if summary else ("", "", "")
+
+
 def ms(seconds: float) -> str:
     return number(seconds * 1e3)
 
@@ -119,6 +147,34 @@ TABLES: dict[str, list[Table]] = {
             "Throughput, all requests at once, per second",
             ("requests", "prompt", "output", "requests", "output tok", "all tok", "ceiling", "of it"),
             throughput_row,
+        )
+    ],
+    "steps": [
+        (
+            "Consecutive decode steps, µs",
+            ("batch", "prompt", "step", "recorded", "busy", "gap", "p90", "max", "idle gap", "p90", "max"),
+            steps_row,
+        )
+    ],
+    "host": [
+        (
+            "Host of rank 0 in these steps, nothing recorded, µs (coordinator: all but wait)",
+            ("batch", "prompt", "part", "median", "p90", "max"),
+            host_row,
+        )
+    ],
+    "prompts": [
+        (
+            "First token while recording, µs",
+            ("prompt", "TTFT", "before the first kernel", "first to last", "busy", "after the last"),
+            prompt_row,
+        )
+    ],
+    "kernel_times": [
+        (
+            "Kernels, µs",
+            ("case", "kernel", "operation", "calls", "a call", "a step", "share", "floor", "of it"),
+            kernel_time_row,
         )
     ],
     "comm": [

@@ -7,7 +7,8 @@ while the stages do. Knows no layer and no shard.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 
 from distllm.comm.base import Control
 from distllm.comm.fatal import set_step
@@ -18,6 +19,11 @@ from distllm.runtime.plan_codec import encode, encode_end, encode_error
 from distllm.runtime.request import Request
 from distllm.runtime.scheduler import AcceptedToken, Scheduler
 
+# What a step consists of on rank 0, in order. In "wait" the host waits for the device, or finds it done.
+PARTS = ("schedule", "encode", "broadcast", "launch", "wait", "update", "deliver")
+
+Watch = Callable[[str], AbstractContextManager[object]]
+
 
 class Coordinator:
     def __init__(self, control: Control, scheduler: Scheduler, runner: ModelRunner, pp_size: int) -> None:
@@ -25,6 +31,7 @@ class Coordinator:
         self._scheduler = scheduler
         self._runner = runner
         self._pp_size = pp_size
+        self.watch: Watch = nullcontext  # entered around each of PARTS, by name: how profilers see steps
 
     def admit(self, generations: list[Generation]) -> None:
         """Queue the requests of these prompts, or none: RequestError if one could never fit."""
@@ -66,13 +73,23 @@ class Coordinator:
 
     def _step(self, owner: dict[Request, Generation]) -> list[Generation]:
         """One step; the generations that have new tokens, each once, in order."""
-        plan = self._scheduler.schedule()
+        watch = self.watch
+        with watch("schedule"):
+            plan = self._scheduler.schedule()
         set_step(plan.step)
         if self._control.size > 1:
-            self._control.bcast(encode(plan))
-        self._runner.run(plan)
-        tokens = self._scheduler.update(self._runner.result(plan.step - self._pp_size))
-        return self._deliver(tokens, owner)
+            with watch("encode"):
+                message = encode(plan)
+            with watch("broadcast"):
+                self._control.bcast(message)
+        with watch("launch"):
+            self._runner.run(plan)
+        with watch("wait"):
+            result = self._runner.result(plan.step - self._pp_size)
+        with watch("update"):
+            tokens = self._scheduler.update(result)
+        with watch("deliver"):
+            return self._deliver(tokens, owner)
 
     def _deliver(self, tokens: list[AcceptedToken], owner: dict[Request, Generation]) -> list[Generation]:
         changed: dict[Generation, None] = {}

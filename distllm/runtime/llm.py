@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from distllm.models.decoder import Decoder
 from distllm.models.shards import check_layout, shard_table
 from distllm.parallel.layout import RankLayout
 from distllm.runtime.admission import Admission, Prompt
-from distllm.runtime.coordinator import Coordinator
+from distllm.runtime.coordinator import Coordinator, Watch
 from distllm.runtime.generation import Generation
 from distllm.runtime.kv_memory import allocate_kv_cache, kv_block_count
 from distllm.runtime.model_runner import ModelRunner
@@ -140,6 +140,21 @@ class LLM:
                     increment = generation.increment()
                     if increment is not None:
                         yield increment
+
+    @contextmanager
+    def watch_steps(self, watch: Watch) -> Iterator[None]:
+        """Inside, rank 0 enters watch(name) around each part of a step (coordinator.PARTS): for profilers.
+
+        Not collective; on other ranks nothing changes.
+        """
+        if not self.is_root:
+            yield
+            return
+        self._coordinator.watch = watch
+        try:
+            yield
+        finally:
+            self._coordinator.watch = nullcontext
 
     def close(self) -> None:
         """Free the communicators. Collective; calling it twice is harmless. After an interruption it only

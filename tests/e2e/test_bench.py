@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -54,6 +55,37 @@ def test_latency(bare: Path, tmp_path: Path) -> None:
     assert report["ceilings"]["read_bytes_per_s"] > 0
 
 
+def test_profile(bare: Path, tmp_path: Path) -> None:
+    """Times that can be had in two ways agree, on a machine without a GPU too."""
+    steps = ("--batch-size", 1, "--batch-size", 3, "--input-len", 9, "--num-steps", 5)
+    phases = ("--phase", "decode", "--phase", "prefill", "--load-format", "dummy", "--trace", tmp_path)
+    printed, report = run(tmp_path, "profile", bare, *steps, *phases)
+    results = report["results"]
+    assert [result["batch_size"] for result in results["steps"]] == [1, 3]
+    assert all(result["gap_s"] is None and len(result["busy_s"]["raw"]) == 5 for result in results["steps"])
+    assert {"schedule", "launch", "wait", "coordinator"} <= {time["part"] for time in results["host"]}
+    (prompt,) = results["prompts"]
+    parts = zip(*(prompt[name]["raw"] for name in ("before_s", "device_s", "after_s")), strict=True)
+    assert [sum(times) for times in parts] == pytest.approx(prompt["ttft_s"]["raw"])
+
+    times = {case: kernels_of(report, case) for case in ("decode-1x9", "decode-3x9", "prefill-1x9")}
+    for (case, kernels), other in zip(times.items(), [*results["steps"], prompt], strict=True):
+        assert sum(time["share_percent"] for time in kernels) == pytest.approx(100), case
+        total = sum(time["s_per_step"] for time in kernels)
+        assert total == pytest.approx(sum(other["busy_s"]["raw"]) / 5)
+        wall = other.get("recorded_step_s", other.get("device_s"))
+        assert total <= max(wall["raw"])
+        calls = {time["operation"]: time["calls_per_step"] for time in kernels}
+        assert (calls["linear attn.qkv"], calls["linear head"]) == (5, 1)  # 5 layers
+        assert len(gzip.decompress((tmp_path / f"{case}.json.gz").read_bytes())) > 1000
+    for title in ("Consecutive decode steps", "Host of rank 0", "First token while recording", "Kernels, µs"):
+        assert title in printed
+
+
+def kernels_of(report: dict[str, Any], case: str) -> list[dict[str, Any]]:
+    return [time for time in report["results"]["kernel_times"] if time["case"] == case]
+
+
 def test_throughput_of_real_weights(tiny: Path, tmp_path: Path) -> None:
     printed, report = run(tmp_path, "throughput", tiny, *LENGTHS, "--num-prompts", 5)
     assert "Throughput" in printed
@@ -77,6 +109,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "length": (("latency", "demo", "--input-len", 0), "0 is not in the range x>=1"),
     "batch": (("latency", "demo", "--batch-size", 300), "batch_size is 300"),
     "window": (("throughput", "demo", "--max-model-len", 99), "max_model_len is 99; this workload"),
+    "traces": (("profile", "demo", "--trace", "/nowhere"), "'/nowhere' does not exist"),
     "folder": (("comm", "-o", "/nowhere/results.json"), "the folder /nowhere does not exist"),
     "one rank": (("comm",), "two ranks or more"),
     "format": (("latency", "demo", "--load-format", "pt"), "'pt' is not one of 'auto', 'dummy'"),

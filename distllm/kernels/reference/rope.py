@@ -34,7 +34,7 @@ def rope_and_cache_kv(
     interleaved: bool = False,
 ) -> torch.Tensor:
     """Norm and rotate q and k, write k and v where batch.slot_mapping says, return q [num_tokens, num_heads,
-    head_dim].
+    head_dim], contiguous.
 
     qkv: [num_tokens, (num_heads + 2 · num_kv_heads) · head_dim]. kv_cache_layer: [2, num_blocks, block_size,
     num_kv_heads, head_dim], keys then values; changed in place.

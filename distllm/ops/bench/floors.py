@@ -21,6 +21,10 @@ class Ceilings:
     read_bytes_per_s: float  # a stream that is only read
     flop_per_s: float  # a large product of square matrices
 
+    def least_s(self, num_bytes: int, num_flop: int) -> float:
+        """The longer of reading or writing num_bytes and computing num_flop."""
+        return max(num_bytes / self.read_bytes_per_s, num_flop / self.flop_per_s)
+
 
 @dataclass(frozen=True)
 class StageCost:

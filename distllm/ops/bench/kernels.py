@@ -68,7 +68,7 @@ def _resolve_dtype(name: str, spec: DecoderSpec, device: torch.device) -> torch.
 def run_case(case: Case, device: torch.device, ceilings: Ceilings) -> KernelResult:
     copies = min(MAX_COPIES, 1 + COLD_BYTES // case.num_bytes)
     time = time_calls([case.make() for _ in range(copies)], device)
-    floor = max(case.num_bytes / ceilings.read_bytes_per_s, case.num_flop / ceilings.flop_per_s)
+    floor = ceilings.least_s(case.num_bytes, case.num_flop)
     return KernelResult(
         operation=case.operation,
         shape=case.shape,

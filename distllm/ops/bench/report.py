@@ -22,7 +22,7 @@ FORMAT_VERSION = 1
 class Report:
     """Made on rank 0 when the measurements are over."""
 
-    benchmark: str  # latency, throughput, comm, kernels
+    benchmark: str  # latency, profile, throughput, comm, kernels
     command: str
     num_ranks: int
     options: dict[str, Any]  # of the engine and of the workload, defaults included

@@ -118,6 +118,7 @@ def test_rope_and_cache_kv(rotary_dim: int, interleaved: bool, normed: bool) -> 
         number *= np.exp(1j * fp64(angles)[:, i, None])
         turned[..., pair[0]], turned[..., pair[1]] = number.real, number.imag
     np.testing.assert_allclose(q.numpy(), turned[:, :heads], atol=1e-5)
+    assert q.is_contiguous()  # attention kernels count on it
     written = {(6, 1): 0, (6, 2): 1, (6, 3): 2, (1, 0): 3, (1, 1): 4}
     for block in range(7):
         for offset in range(block_size):
