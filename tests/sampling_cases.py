@@ -27,23 +27,26 @@ def kept_by_hand(
     return kept
 
 
-def hard_rows(vocab: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, Columns]:
+def hard_rows(
+    vocab: int, dtype: torch.dtype, seed: int = 0, rows_of_a_kind: int = 6
+) -> tuple[torch.Tensor, Columns]:
     """Rows with random values, ties, one value alone, a spike, −inf, wide and narrow ones, and their
-    parameters. logits: [num_rows, vocab], in memory with longer rows.
+    parameters. logits: [6 · rows_of_a_kind, vocab], in memory with longer rows.
     """
     rng = np.random.default_rng((seed, vocab))
-    noise = rng.normal(0, 3, (6, 6, vocab))
+    num_rows = 6 * rows_of_a_kind
+    noise = rng.normal(0, 3, (6, rows_of_a_kind, vocab))
     noise[1] = np.round(noise[1])
-    noise[2] = rng.normal(0, 3, (6, 1))
+    noise[2] = noise[2, :, :1]
     noise[3, :, rng.integers(vocab)] += 40
-    noise[4][rng.random((6, vocab)) < 0.7] = -np.inf
+    noise[4][rng.random((rows_of_a_kind, vocab)) < 0.7] = -np.inf
     noise[4, :, rng.integers(vocab)] = 1.5
-    noise[5] *= np.array([1e-3, 1e-1, 10, 100, 1000, 1e-5])[:, None]
-    logits = torch.full((36, vocab + 7), torch.nan, dtype=dtype)[:, :vocab]
-    logits.copy_(torch.from_numpy(noise.reshape(36, vocab)))
+    noise[5] *= 10.0 ** rng.integers(-5, 4, (rows_of_a_kind, 1))
+    logits = torch.full((num_rows, vocab + 7), torch.nan, dtype=dtype)[:, :vocab]
+    logits.copy_(torch.from_numpy(noise.reshape(num_rows, vocab)))
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.from_numpy(rng.choice(values, 36))
+        return torch.from_numpy(rng.choice(values, num_rows))
 
     temperature = column([0.0, 0.01, 0.3, 1, 1, 2, 10]).float()
     top_k = column([0, 0, 1, 2, 5, 50, vocab - 1, vocab, vocab + 9]).long()

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-pytest.importorskip("triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-from distllm.kernels.triton import gated_linear as gated  # noqa: E402
-from distllm.kernels.triton import linear as linears  # noqa: E402
+from distllm.kernels.triton import gated_linear as gated
+from distllm.kernels.triton import linear as linears
+from tests.kernels.device import DEVICE
 
 SMALL = gated.Tiling(32, 16, 32, 4, 3)
 DTYPES = (

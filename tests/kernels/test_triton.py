@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,9 +12,12 @@ from distllm.kernels.reference import activation, gather, norm, sampling
 from distllm.kernels.triton import activation as triton_activation
 from distllm.kernels.triton import gather as triton_gather
 from distllm.kernels.triton import linear as triton_linear
+from distllm.kernels.triton import logprobs as triton_logprobs
 from distllm.kernels.triton import norm as triton_norm
 from distllm.kernels.triton import sampling as triton_sampling
+from distllm.kernels.triton import truncation
 from tests.kernels.device import DEVICE, DTYPES, close, randn
+from tests.sampling_cases import check_kept, chi_square_passes, hard_rows, kept_by_hand, shards
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,21 +86,50 @@ def test_gather(block_size: int) -> None:
             assert torch.equal(got.block_table[row, :used], want.block_table[row, :used])
 
 
+def draw_columns(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """temperature, a third of them 0, seed and positions."""
+    temperature = torch.rand(rows) * torch.tensor([0.0, 1.0, 2.0]).repeat(rows // 3)
+    seed, positions = torch.randint(-(2**62), 2**62, (rows,)), torch.randint(0, 5000, (rows,))
+    return temperature.to(DEVICE), seed.to(DEVICE), positions.to(DEVICE)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [5, 4096, 9001])
-@pytest.mark.parametrize("truncates", [False, True])
-def test_sample_tokens(dtype: torch.dtype, vocab: int, truncates: bool) -> None:
-    rows = 24
+@pytest.mark.parametrize("vocab", [1, 5, 4097])
+@pytest.mark.parametrize("truncated", [False, True])
+def test_best_tokens(
+    dtype: torch.dtype, vocab: int, truncated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 6
+    monkeypatch.setattr(triton_sampling, "PROGRAMS_WANTED", 3 * rows)  # two blocks a piece
     logits = (randn(rows, vocab) * 3).to(dtype)
-    temperature = torch.rand(rows, device=DEVICE) * torch.tensor([0.0, 1.0, 2.0] * 8, device=DEVICE)
-    top_k = torch.randint(0, 6, (rows,), device=DEVICE)
-    top_p, min_p = torch.rand(rows, device=DEVICE) * 0.5 + 0.5, torch.rand(rows, device=DEVICE) * 0.1
-    seed = torch.randint(-(2**62), 2**62, (rows,), device=DEVICE)
-    positions = torch.randint(0, 5000, (rows,), device=DEVICE)
-    args = (temperature, top_k, top_p, min_p, seed, positions)
-    got = triton_sampling.sample_tokens(logits, *args, truncates=truncates)
-    want = sampling.sample_tokens(logits.float(), *args, truncates=truncates)
-    assert torch.equal(got, want)
+    logits[::2] = logits[::2].round()  # ties
+    logits[5] = -torch.inf
+    lowest = None
+    if truncated:
+        lowest = logits.float().topk(min(vocab, 4)).values[:, -1].contiguous()
+        lowest[::4] = -torch.inf
+    args = (logits, *draw_columns(rows), lowest)
+    scores, token_ids = triton_sampling.best_tokens(*args, first_entry=70_000)
+    want_scores, want = sampling.best_tokens(*args, first_entry=70_000)
+    assert torch.equal(token_ids, want)
+    torch.testing.assert_close(scores, want_scores, atol=1e-5, rtol=1e-5)
+    assert torch.equal(triton_sampling.sample_tokens(*args), sampling.sample_tokens(*args))
+
+
+@pytest.mark.parametrize(("vocab", "num_shards"), [(5, 4), (3000, 2), (2500, 7)])
+def test_shards_choose_what_the_whole_chooses(vocab: int, num_shards: int) -> None:
+    logits = (randn(3, vocab) * 3).to(torch.bfloat16)
+    logits[2] = -torch.inf
+    columns = draw_columns(3)
+    for lowest in (None, logits.float().topk(min(vocab, 50)).values[:, -1].contiguous()):
+        want_scores, want = triton_sampling.best_tokens(logits, *columns, lowest)
+        parts = [
+            triton_sampling.best_tokens(shard, *columns, lowest, first_entry=first)
+            for first, shard in shards(logits, num_shards, pads=lowest is None)
+        ]
+        scores, token_ids = (torch.stack(part) for part in zip(*parts, strict=True))
+        assert torch.equal(triton_sampling.choose_best(scores, token_ids), want)
+        assert torch.equal(scores.amax(0), want_scores)
 
 
 def test_largest_noise_is_finite() -> None:
@@ -104,7 +137,78 @@ def test_largest_noise_is_finite() -> None:
     logits = torch.zeros(1, 4096, device=DEVICE)
     logits[0, 7] = 30.0
     one, none = torch.ones(1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    args = (one, none, one, one * 0, none + 55, none)
-    assert triton_sampling.sample_tokens(logits, *args, truncates=False).item() == 7
+    args = (one, none + 55, none)
+    assert triton_sampling.sample_tokens(logits, *args).item() == 7
     logits[0, 7] = 0.0
-    assert triton_sampling.sample_tokens(logits, *args, truncates=False).item() == 644
+    assert triton_sampling.sample_tokens(logits, *args).item() == 644
+
+
+def test_smallest_noise_is_finite() -> None:
+    """Seed 19897 draws the smallest uniform for entry 2160, which wins all the same if it is all that is
+    kept. Its noise is −2.85, or −2.81 in fp32, where no number lies between 1 − 2⁻²⁴ and 1.
+    """
+    logits = torch.zeros(1, 4096, device=DEVICE)
+    logits[0, 2160] = 1.0
+    one, none = torch.ones(1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    score, token_id = triton_sampling.best_tokens(logits, one, none + 19897, none, one)
+    assert token_id.item() == 2160
+    assert score.item() == pytest.approx(1.0 - np.log(np.log(2**25)), abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [2, 1031, 5001])
+def test_lowest_kept(dtype: torch.dtype, vocab: int) -> None:
+    logits, columns = hard_rows(vocab, dtype, rows_of_a_kind=3)
+    # Rows of a longer memory, and one more that is −inf alone.
+    wide = torch.nn.functional.pad(logits, (0, 7, 0, 1), value=torch.nan).to(DEVICE)[:, :vocab]
+    wide[-1] = -torch.inf
+    last = (1.0, 1, 0.5, 0.3)
+    on_device = [
+        torch.cat([column, torch.tensor([value])]).to(DEVICE)
+        for column, value in zip(columns, last, strict=True)
+    ]
+    lowest = truncation.lowest_kept(wide, *on_device)
+    assert lowest[-1].item() == -torch.inf
+    check_kept(lowest[:-1].cpu(), logits, columns, epsilon=1e-5)
+    few = slice(4, 7)
+    alone = truncation.lowest_kept(wide[few], *(column[few] for column in on_device))
+    assert torch.equal(alone, lowest[few])  # a row does not see its batch
+
+
+def test_top_k_above_a_min_p_between_two_values() -> None:
+    """bf16 has 1.0 and 1.0078: min_p ends between them, and a top_k that is not reached adds neither."""
+    logits = torch.tensor([[4.0, 1.0, 0.0], [-1.0, -4.0, -5.0]], dtype=torch.bfloat16, device=DEVICE)
+    one = torch.ones(2, device=DEVICE)
+    lowest = truncation.lowest_kept(logits, one, one.long() * 2, one, one * np.exp(-2.997))
+    assert (logits >= lowest[:, None]).tolist() == [[True, False, False]] * 2
+
+
+def test_truncated_draws_follow_the_distribution() -> None:
+    """Chi-square over 40 tokens, at as many positions as the interpreter has time for."""
+    count = 100_000 if DEVICE == "cuda" else 200
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
+    wide = logits.double().numpy()
+    weights = np.exp(wide / 0.9) * kept_by_hand(wide, 0.9, 9, 0.9, 0.01)
+    rows, one = logits.to(DEVICE).expand(count, -1), torch.ones(count, device=DEVICE)
+    heat, top_k, top_p, min_p = one * 0.9, one.long() * 9, one * 0.9, one * 0.01
+    lowest = truncation.lowest_kept(rows[:1], heat, top_k, top_p, min_p)
+    positions = torch.arange(count, device=DEVICE)
+    ids = triton_sampling.sample_tokens(rows, heat, top_k, positions, lowest.repeat(count))
+    assert chi_square_passes(np.bincount(ids.cpu().numpy(), minlength=40), weights / weights.sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (5, 17), (3, 9001)])
+def test_token_logprobs(dtype: torch.dtype, rows: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_sampling, "PROGRAMS_WANTED", 3 * rows)  # three blocks a piece
+    logits = (randn(rows, vocab + 3) * 3).to(dtype)[:, :vocab]
+    logits[:, : vocab // 3] = -torch.inf
+    token_ids = torch.randint(vocab // 3, vocab, (rows,), device=DEVICE)
+    num_top = min(vocab - vocab // 3, 5)
+    logprob, rank, top_ids, top = triton_logprobs.token_logprobs(logits, token_ids, num_top)
+    want = logits.double().log_softmax(-1)
+    chosen = want.gather(-1, token_ids[:, None])
+    torch.testing.assert_close(logprob, chosen[:, 0].float(), atol=4e-6, rtol=0)
+    assert torch.equal(rank, (want > chosen).sum(-1) + 1)
+    torch.testing.assert_close(top, want.topk(num_top).values.float(), atol=4e-6, rtol=0)
+    torch.testing.assert_close(want.gather(-1, top_ids).float(), top, atol=4e-6, rtol=0)

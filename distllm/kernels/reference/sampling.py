@@ -80,7 +80,7 @@ def best_tokens(
 def choose_best(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """The token of the highest score, the lowest id where scores tie. [num_rows] int64.
 
-    scores fp32, token_ids int64: [num_shards, num_rows], what best_tokens gave for each shard.
+    scores fp32, token_ids int64: [num_shards, num_rows], contiguous, what best_tokens gave for each shard.
     """
     beaten = scores < scores.amax(0)
     return token_ids.masked_fill(beaten, torch.iinfo(torch.int64).max).amin(0)
@@ -96,6 +96,6 @@ def sample_tokens(
     """The next token of each row: argmax where temperature is 0, Gumbel-max elsewhere. [num_rows] int64.
 
     logits: [num_rows, vocab], any row stride. temperature: fp32; seed, positions (of the new token): int64;
-    lowest: lowest_kept's, or None where no row excludes anything; all [num_rows].
+    lowest: lowest_kept's, or None where no row excludes anything; all [num_rows], contiguous.
     """
     return best_tokens(logits, temperature, seed, positions, lowest)[1]

@@ -16,7 +16,8 @@ def lowest_kept(
 
     It applies to logits as they are, before temperature; ties at it stay. −inf in rows of temperature 0, and
     in rows that ask for no truncation. [num_rows] fp32.
-    logits: [num_rows, vocab], any row stride. temperature, top_p, min_p: fp32; top_k: int64, 0 for all.
+    logits: [num_rows, vocab], any row stride. temperature, top_p, min_p: fp32; top_k: int64, 0 for all; each
+    [num_rows], contiguous.
     """
     wide, vocab_size = logits.double(), logits.shape[-1]
     heat = torch.where(temperature == 0, 1.0, temperature.double())[:, None]
@@ -29,5 +30,5 @@ def lowest_kept(
     mass = torch.where(ordered >= lowest, ((ordered - best) / heat).exp(), 0.0).cumsum(-1)
     enough = mass >= top_p.double()[:, None] * mass[:, -1:]
     nucleus = ordered.gather(-1, enough.int().argmax(-1, keepdim=True))  # up to the first sum that suffices
-    lowest = torch.where((top_p < 1)[:, None], lowest.maximum(nucleus), lowest)
+    lowest = torch.where((top_p < 1)[:, None], nucleus, lowest)
     return torch.where(temperature == 0, -torch.inf, lowest[:, 0]).float()

@@ -136,6 +136,7 @@ def best_tokens(
     first_entry: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, vocab_size = logits.shape
+    assert lowest is None or lowest.is_contiguous(), "kernels index columns by row"
     piece_blocks, num_pieces = row_pieces(num_rows, vocab_size)
     scores = torch.empty(num_pieces, num_rows, dtype=torch.float32, device=logits.device)
     token_ids = torch.empty(num_pieces, num_rows, dtype=torch.int64, device=logits.device)
@@ -151,8 +152,8 @@ def choose_best(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _best_of_each_row(scores: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """scores, token_ids: [num_shards, num_rows], contiguous."""
     num_shards, num_rows = scores.shape
+    assert scores.is_contiguous() and token_ids.is_contiguous(), "the kernel indexes them by shard and row"
     assert num_shards <= MAX_PIECES, "the kernel sees so many shards at once"
     best_scores, best_ids = torch.empty_like(scores[0]), torch.empty_like(token_ids[0])
     _choose_best_kernel[(num_rows,)](

@@ -102,8 +102,7 @@ def _lowest_kept_kernel(
             total, _, _ = _sums_from(lowest, best, best, logits, vocab_size, best, rate, True, BLOCK)
             # A whole vocabulary of logits below this has less than 1 − p of the mass of the best alone.
             floor = tl.maximum(lowest, best + heat * (tl.log((1.0 - p) / vocab_size) - 1.0))
-            nucleus = _largest_with(p * total, floor, logits, vocab_size, best, rate, True, SHIFT, BLOCK)
-            lowest = tl.maximum(lowest, nucleus)
+            lowest = _largest_with(p * total, floor, logits, vocab_size, best, rate, True, SHIFT, BLOCK)
     tl.store(out + row, lowest)
 
 

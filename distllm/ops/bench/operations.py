@@ -20,7 +20,7 @@ LINEAR = "linear"
 
 # The first pattern that a kernel's whole name contains; operations as in kernel_cases.
 PATTERNS = (
-    (r"gemv|gemm|nvjet|xmma|cutlass|^aten::linear$", LINEAR),
+    (r"gemv|gemm|nvjet|xmma|cutlass|^_gated_kernel|^aten::linear$", LINEAR),
     (r"^_decode_kernel|^_prefill_kernel|attention", "paged_attention"),
     (r"^_rms_norm_kernel", "rms_norm"),
     (r"^_silu_mul_kernel", "silu_mul"),
