@@ -146,9 +146,15 @@ class Admission:
             raise RequestError(
                 f"a prompt is a {type(prompt).__name__}; it must be text or a list of token ids"
             )
+        self._check_token_ids(prompt)
+        return None, list(prompt)  # type: ignore[arg-type]
+
+    def _check_token_ids(self, prompt: Sequence[Any]) -> None:
+        """All at once where nothing is wrong: a loop over a long prompt would delay its first token."""
+        if set(map(type, prompt)) == {int} and min(prompt) >= 0 and max(prompt) < self._vocab_size:
+            return
         for token_id in prompt:
             self._check_token_id("the prompt", token_id)
-        return None, list(prompt)  # type: ignore[arg-type]
 
     def _check_token_id(self, where: str, token_id: object) -> None:
         if isinstance(token_id, bool) or not isinstance(token_id, int):

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from distllm.kernels.triton.launch import OVERLAP, wait_for_inputs
+
 GROUP = tl.constexpr(
     8
 )  # tiles of tokens that share the same columns of the weights while these are in the cache
@@ -38,6 +40,7 @@ def _gated_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """weight: gate rows, then up rows, num_out of each. What a tile reads beyond an edge is not stored."""
+    wait_for_inputs()
     num_m, num_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(num_out, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
         first_m = tile // (GROUP * num_n) * GROUP
@@ -72,7 +75,7 @@ def gated_linear(x: torch.Tensor, weight: torch.Tensor, tiling: Tiling) -> torch
     _gated_kernel[(min(num_tiles, _num_multiprocessors(x.device)),)](
         TensorDescriptor.from_tensor(x, [m, k]), TensorDescriptor.from_tensor(weight, [n, k]),
         TensorDescriptor.from_tensor(out, [m, n]), num_tokens, num_out, width, m, n, k, GROUP,
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, **OVERLAP,
     )  # fmt: skip
     return out
 

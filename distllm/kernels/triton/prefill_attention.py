@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distllm.kernels.batch import TokenBatch
+from distllm.kernels.triton.launch import OVERLAP, wait_for_inputs
 from distllm.kernels.triton.online_softmax import fold_positions
 
 TILE = 64  # positions at a time, of keys up to 256 bytes wide; fewer beyond, as are the queries
@@ -42,6 +43,7 @@ def _prefill_kernel(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BY_PAGE: tl.constexpr,
 ):  # fmt: skip
     """A tile is BLOCK_Q tokens × the GROUP query heads of one KV head. num_rows: after the decodes."""
+    wait_for_inputs()
     # The last tiles see the most positions: they start first, so that the short ones fill the end.
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     cu_seqlens += num_decodes  # of one token each, so that the other rows' tokens begin there too
@@ -114,7 +116,7 @@ def prefill_attention(
         q, keys, values, batch.block_table, batch.cu_seqlens_q, batch.seq_lens, alibi_slopes, out, scale,
         batch.block_table.stride(0), batch.num_decodes, num_rows, num_kv_heads, group, group_p2, block_q,
         head_dim, block_d, block_size, tile, window, softcap, by_page,
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, **OVERLAP,
     )  # fmt: skip
 
 
