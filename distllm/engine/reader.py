@@ -98,7 +98,7 @@ class _Buffer:
         """The content; on a GPU a copy that is under way on the current stream."""
         content = self._content.to(self._device, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device))
         return content
 
     def wait_copied(self) -> None:
