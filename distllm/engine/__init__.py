@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distllm.engine.build import build_engine
-    from distllm.engine.dummy import dummy_weights
     from distllm.engine.load import load_weights
     from distllm.engine.resolve import eos_token_ids, read_spec, resolve_model
     from distllm.engine.source import WeightSource, open_source
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 _HOMES = {
     "WeightSource": "source",
     "build_engine": "build",
-    "dummy_weights": "dummy",
     "eos_token_ids": "resolve",
     "load_weights": "load",
     "open_source": "source",
@@ -29,7 +27,6 @@ _HOMES = {
 __all__ = [
     "WeightSource",
     "build_engine",
-    "dummy_weights",
     "eos_token_ids",
     "load_weights",
     "open_source",

@@ -4,21 +4,27 @@ nothing in the folder is executed or unpickled.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from distllm.engine.dtypes import torch_dtype
+from distllm.engine.extents import DiskTensor, Extent, read_extents
 from distllm.engine.files import inside, read_json
+from distllm.engine.header import TAGS, Entry, read_header
 from distllm.engine.resolve import read_spec
+from distllm.engine.source import Block
 from distllm.errors import CheckpointError
 from distllm.models.registry import family_named
 from distllm.models.shards import slot_shapes
+from distllm.models.spec import DTYPE_BYTES
+from distllm.parallel.sharding import TensorShard
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLOATS = ("F32", "BF16", "F16")
+DTYPE_OF_TAG = {tag: dtype for dtype, tag in TAGS.items()}
 
 
 class HFCheckpoint:
@@ -28,45 +34,37 @@ class HFCheckpoint:
         self.path = path
         self.spec = read_spec(path)
         family = family_named(self.spec.family)
-        self._shapes = slot_shapes(self.spec)
-        self._names = {slot: family.tensor_name(slot) for slot in self._shapes}
-        self._file_of = _locate(path, list(self._names.values()))
-        self._files = {name: _open(inside(path, name)) for name in dict.fromkeys(self._file_of.values())}
-        self._order = self._file_order()
-        for slot in self._shapes:
-            self._check(slot)
-
-    def read(self, slot: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        name = self._names[slot]
-        cut = self._files[self._file_of[name]].get_slice(name)
-        tensor: torch.Tensor = cut[start:stop] if dim == 0 else cut[:, start:stop]
-        return tensor
-
-    def position(self, slot: str) -> tuple[int, int]:
-        return self._order[self._names[slot]]
-
-    def _file_order(self) -> dict[str, tuple[int, int]]:
-        return {
-            name: (number, place)
-            for number, (file_name, file) in enumerate(self._files.items())
-            for place, name in enumerate(file.offset_keys())
-            if self._file_of.get(name) == file_name
+        shapes = slot_shapes(self.spec)
+        names = {slot: family.tensor_name(slot) for slot in shapes}
+        file_of = _locate(path, list(names.values()))
+        headers = {file: read_header(inside(path, file)) for file in dict.fromkeys(file_of.values())}
+        self._tensors = {
+            slot: _checked(path / file_of[name], name, headers[file_of[name]], shapes[slot])
+            for slot, name in names.items()
         }
 
-    def _check(self, slot: str) -> None:
-        name, shape = self._names[slot], self._shapes[slot]
-        file = self._file_of[name]
-        if name not in self._order:
-            raise CheckpointError(f"{self.path / file} has no tensor {name}")
-        where, stored = f"{self.path / file}: {name}", self._files[file].get_slice(name)
-        if tuple(stored.get_shape()) != shape:
-            raise CheckpointError(
-                f"{where} has shape {stored.get_shape()}; config.json asks for {list(shape)}"
-            )
-        if stored.get_dtype() not in FLOATS:
-            raise CheckpointError(
-                f"{where} is stored as {stored.get_dtype()}; supported: {', '.join(FLOATS)}"
-            )
+    def read(self, shards: Sequence[TensorShard], device: torch.device) -> Iterator[Block]:
+        wanted = [(shard.name, piece) for shard in shards for piece in shard.pieces]
+        return read_extents(
+            [Extent(self._tensors[p.slot], name, p.dim, p.start, p.stop, p.dst_start) for name, p in wanted],
+            device,
+        )
+
+
+def _checked(file: Path, name: str, header: dict[str, Entry], shape: tuple[int, ...]) -> DiskTensor:
+    """The tensor of that name, if it is in the file with this shape and a supported dtype."""
+    if name not in header:
+        raise CheckpointError(f"{file} has no tensor {name}")
+    entry, where = header[name], f"{file}: {name}"
+    if entry.shape != shape:
+        raise CheckpointError(f"{where} has shape {list(entry.shape)}; config.json asks for {list(shape)}")
+    if entry.tag not in DTYPE_OF_TAG:
+        raise CheckpointError(f"{where} is stored as {entry.tag}; supported: {', '.join(DTYPE_OF_TAG)}")
+    dtype = DTYPE_OF_TAG[entry.tag]
+    size, needed = entry.stop - entry.start, math.prod(shape) * DTYPE_BYTES[dtype]
+    if size != needed:
+        raise CheckpointError(f"{where} has {size} bytes; its shape in {entry.tag} needs {needed}")
+    return DiskTensor(file, entry.start, name, shape, torch_dtype(dtype))
 
 
 def _locate(path: Path, names: list[str]) -> dict[str, str]:
@@ -90,12 +88,3 @@ def _no_weights(path: Path) -> CheckpointError:
             f"{path} has only pickled weights (.bin, .pt), which are never read; save as safetensors"
         )
     return CheckpointError(f"{path} has no weights: neither {SINGLE} nor {INDEX}")
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged or incomplete: {error}") from error

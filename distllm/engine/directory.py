@@ -1,97 +1,101 @@
-"""An engine folder as a WeightSource: the slots are put together again from the shards of its ranks.
+"""An engine folder as a WeightSource: what was stored for some layout, found again for any other.
 
-So an engine loads under any layout: the loader asks for slices, and does not know how they were stored.
+A shard that is stored as it is asked for is taken whole, so that under its own layout a rank reads its own
+file; others are put together from pieces of the stored ones.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from distllm.engine.dtypes import checksum, torch_dtype
+from distllm.engine.dtypes import torch_dtype
+from distllm.engine.extents import DiskTensor, Extent, read_extents
 from distllm.engine.files import inside
-from distllm.engine.format import StoredTensor, rank_file, read_index
+from distllm.engine.format import EngineIndex, rank_file, read_index
+from distllm.engine.source import Block
 from distllm.errors import CheckpointError
 from distllm.models.shards import shard_table
-from distllm.parallel.sharding import Piece
+from distllm.parallel.sharding import Piece, TensorShard
 
 
 @dataclass(frozen=True)
 class Stored:
     """One piece of a slot, and the stored tensor that it is part of."""
 
-    rank: int
-    place: int  # of the tensor in its file
-    name: str
+    tensor: DiskTensor
     piece: Piece
 
 
 class EngineDirectory:
-    """Checks every file's size when opened, and each tensor's checksum before its first use."""
+    """Checks every file's size when opened, and each tensor's checksum when it is first read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index = read_index(path)
         self.spec = self.index.spec
-        self._dtype = torch_dtype(self.index.dtype)
-        self._stored = self._pieces_by_slot()
-        self._files = [self._map(rank) for rank in range(len(self.index.ranks))]
-        self._verified: set[tuple[int, str]] = set()
-
-    def read(self, slot: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        parts, at = [], start
-        for stored in self._stored[slot]:
-            piece = stored.piece
-            assert piece.dim == dim, f"{slot} is cut along {piece.dim}, not {dim}"
-            if piece.start <= at < min(piece.stop, stop):  # a replica of what was taken fails this
-                until = min(piece.stop, stop)
-                begin = piece.dst_start + at - piece.start
-                parts.append(self._tensor(stored.rank, stored.name).narrow(dim, begin, until - at))
-                at = until
-        assert at == stop, f"{slot}: nothing stored from {at} on"
-        return torch.cat(parts, dim)
-
-    def position(self, slot: str) -> tuple[int, int]:
-        first = self._stored[slot][0]
-        return first.rank, first.place
-
-    def _pieces_by_slot(self) -> dict[str, list[Stored]]:
-        """For each slot its pieces by ascending start, lower ranks first."""
-        slots: dict[str, list[Stored]] = {}
+        self._shards: dict[TensorShard, DiskTensor] = {}  # the lowest rank's
+        self._slots: dict[str, list[Stored]] = {}  # the pieces of each by ascending start
+        self._verified: set[DiskTensor] = set()
         for rank in range(len(self.index.ranks)):
-            for place, shard in enumerate(shard_table(self.spec, self.index.layout.at(rank))):
-                for piece in shard.pieces:
-                    slots.setdefault(piece.slot, []).append(Stored(rank, place, shard.name, piece))
-        for pieces in slots.values():
-            pieces.sort(key=lambda stored: (stored.piece.start, stored.rank))
-        return slots
+            _check_size(inside(path, rank_file(rank)), _end_of_file(self.index, rank))
+            self._add_rank(rank)
+        for pieces in self._slots.values():
+            pieces.sort(key=lambda stored: stored.piece.start)  # stable: lower ranks first
 
-    def _map(self, rank: int) -> torch.Tensor:
-        """The bytes of a rank's file, mapped: nothing is read before it is used."""
-        file = inside(self.path, rank_file(rank))
-        size = max(self._end(tensor) for tensor in self.index.ranks[rank].values())
-        try:
-            with file.open("rb") as opened:
-                found = os.fstat(opened.fileno()).st_size
-            if found != size:
-                raise CheckpointError(f"{file} has {found} bytes instead of {size}; build the engine again")
-            return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    def read(self, shards: Sequence[TensorShard], device: torch.device) -> Iterator[Block]:
+        extents = [extent for shard in shards for extent in self._extents(shard)]
+        yield from read_extents(extents, device)
+        self._verified |= {extent.tensor for extent in extents}
 
-    def _end(self, tensor: StoredTensor) -> int:
-        return tensor.offset + tensor.num_bytes(self.index.dtype)
+    def _add_rank(self, rank: int) -> None:
+        file, dtype = self.path / rank_file(rank), torch_dtype(self.index.dtype)
+        for shard in shard_table(self.spec, self.index.layout.at(rank)):
+            stored = self.index.ranks[rank][shard.name]
+            tensor = DiskTensor(file, stored.offset, shard.name, shard.shape, dtype, stored.checksum)
+            self._shards.setdefault(shard, tensor)
+            for piece in shard.pieces:
+                self._slots.setdefault(piece.slot, []).append(Stored(tensor, piece))
 
-    def _tensor(self, rank: int, name: str) -> torch.Tensor:
-        """A stored tensor, verified once."""
-        stored = self.index.ranks[rank][name]
-        content = self._files[rank][stored.offset : self._end(stored)]
-        if (rank, name) not in self._verified:
-            file = self.path / rank_file(rank)
-            if checksum(content) != stored.checksum:
-                raise CheckpointError(f"{file}: {name} does not match its checksum; build the engine again")
-            self._verified.add((rank, name))
-        return content.view(self._dtype).view(stored.shape)
+    def _extents(self, shard: TensorShard) -> Iterator[Extent]:
+        if shard in self._shards:
+            yield self._extent(self._shards[shard], shard, 0, (0, shard.shape[0]), 0)
+            return
+        for piece in shard.pieces:
+            yield from self._parts(shard, piece)
+
+    def _parts(self, shard: TensorShard, piece: Piece) -> Iterator[Extent]:
+        """A piece, from stored pieces of the same slot."""
+        at, shift = piece.start, piece.dst_start - piece.start
+        for stored in self._slots[piece.slot]:
+            have = stored.piece
+            assert have.dim == piece.dim, f"{piece.slot} is cut along {have.dim}, not {piece.dim}"
+            if have.start <= at < min(have.stop, piece.stop):  # a replica of what was taken fails this
+                until = min(have.stop, piece.stop)
+                begin = have.dst_start + at - have.start
+                yield self._extent(stored.tensor, shard, piece.dim, (begin, begin + until - at), at + shift)
+                at = until
+        assert at == piece.stop, f"{piece.slot}: nothing stored from {at} on"
+
+    def _extent(
+        self, tensor: DiskTensor, shard: TensorShard, dim: int, span: tuple[int, int], dst_start: int
+    ) -> Extent:
+        unchecked = replace(tensor, checksum=None) if tensor in self._verified else tensor
+        return Extent(unchecked, shard.name, dim, *span, dst_start)
+
+
+def _end_of_file(index: EngineIndex, rank: int) -> int:
+    return max(tensor.offset + tensor.num_bytes(index.dtype) for tensor in index.ranks[rank].values())
+
+
+def _check_size(file: Path, size: int) -> None:
+    try:
+        with file.open("rb"):
+            found = file.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    if found != size:
+        raise CheckpointError(f"{file} has {found} bytes instead of {size}; build the engine again")

@@ -1,21 +1,20 @@
 """Weights made up, for benchmarks: a folder with config.json alone is enough. Reads no weights.
 
-A slot's values depend on its name, the dtype and the kind of device, not on the layout: every tp × pp holds
-slices of the same model.
+A slot's values depend on its name, the model's dtype and the kind of device, not on the layout: every tp × pp
+holds slices of the same model.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from distllm.engine.dtypes import torch_dtype
-from distllm.engine.load import Progress, num_bytes
 from distllm.engine.resolve import read_spec
-from distllm.engine.source import WeightSource
+from distllm.engine.source import Block
 from distllm.models.shards import slot_shapes
 from distllm.parallel.sharding import TensorShard
 
@@ -29,40 +28,16 @@ class DummySource:
         self.path = path
         self.spec = read_spec(path)
         self._shapes = slot_shapes(self.spec)
-        self._order = {slot: place for place, slot in enumerate(self._shapes)}
 
-    def read(self, slot: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        whole = _make_slot(slot, self._shapes[slot], torch_dtype(self.spec.dtype), torch.device("cpu"))
-        return whole.narrow(dim, start, stop - start)
-
-    def position(self, slot: str) -> tuple[int, int]:
-        return 0, self._order[slot]
-
-
-def dummy_weights(
-    source: WeightSource,
-    shards: Sequence[TensorShard],
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress | None = None,
-) -> dict[str, torch.Tensor]:
-    """In place of load_weights: the shards as random tensors, made on this device. Padding is zero.
-
-    Normal, norm gains 1. Each slot is made whole and cut, so the largest must fit beside the weights.
-    """
-    shapes = slot_shapes(source.spec)
-    weights = {shard.name: torch.zeros(shard.shape, dtype=dtype, device=device) for shard in shards}
-    total, done = sum(num_bytes(shard, dtype) for shard in shards), 0
-    for shard in shards:
-        for piece in shard.pieces:
-            size = piece.stop - piece.start
-            values = _make_slot(piece.slot, shapes[piece.slot], dtype, device)
-            place = weights[shard.name].narrow(piece.dim, piece.dst_start, size)
-            place.copy_(values.narrow(piece.dim, piece.start, size))
-            done += place.nbytes
-            if progress:
-                progress(done, total)
-    return weights
+    def read(self, shards: Sequence[TensorShard], device: torch.device) -> Iterator[Block]:
+        """Normal, norm gains 1. Each slot is made whole and cut: the largest must fit beside the weights."""
+        dtype = torch_dtype(self.spec.dtype)
+        for shard in shards:
+            for piece in shard.pieces:
+                size = piece.stop - piece.start
+                whole = _make_slot(piece.slot, self._shapes[piece.slot], dtype, device)
+                region = (slice(None),) * piece.dim + (slice(piece.dst_start, piece.dst_start + size),)
+                yield Block(shard.name, region, whole.narrow(piece.dim, piece.start, size))
 
 
 def _make_slot(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

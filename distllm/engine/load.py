@@ -9,9 +9,9 @@ import torch
 
 from distllm.engine.source import WeightSource
 from distllm.errors import CheckpointError
-from distllm.parallel.sharding import Piece, TensorShard
+from distllm.parallel.sharding import TensorShard
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all, padding included), called after each piece
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all, padding included), as bytes arrive
 
 
 def load_weights(
@@ -23,31 +23,33 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """The shards as tensors of this dtype on this device, by name. Padding is zero.
 
-    Reads only the pieces of these shards, in the order in which they lie on disk, so that disks read forward.
-    Raises CheckpointError if stored bytes are damaged, or a value does not fit into float16.
+    Memory beside them: the source's buffers, and one block on the device, where it is converted. On a GPU
+    the last copies may still be under way on the current stream. Raises CheckpointError if stored bytes are
+    damaged, or a value does not fit into float16.
     """
     weights = {shard.name: torch.zeros(shard.shape, dtype=dtype, device=device) for shard in shards}
-    jobs = [(source.position(piece.slot), piece, shard.name) for shard in shards for piece in shard.pieces]
-    jobs.sort(key=lambda job: job[0])
-    total = sum(num_bytes(shard, dtype) for shard in shards)
-    done = 0
-    for _, piece, name in jobs:
-        done += _copy_piece(source, piece, weights[name])
+    total, done = sum(num_bytes(shard, dtype) for shard in shards), 0
+    finite: list[tuple[str, torch.Tensor]] = []
+    for block in source.read(shards, device):
+        place = weights[block.shard][block.region]
+        place.copy_(block.values)
+        if dtype == torch.float16 and block.values.dtype != torch.float16:
+            finite.append((block.shard, place.isfinite().all()))
+        done += place.nbytes
         if progress:
             progress(done, total)
+    _check_finite(finite)
     return weights
 
 
-def _copy_piece(source: WeightSource, piece: Piece, shard: torch.Tensor) -> int:
-    """Read one piece and convert it on its way into the shard. Returns its bytes there."""
-    values = source.read(piece.slot, piece.dim, piece.start, piece.stop)
-    place = shard.narrow(piece.dim, piece.dst_start, piece.stop - piece.start)
-    place.copy_(values)
-    if place.dtype == torch.float16 and values.dtype != torch.float16 and not place.isfinite().all():
-        raise CheckpointError(
-            f"{piece.slot} has values beyond float16's range; use --dtype bfloat16 or float32"
-        )
-    return place.nbytes
+def _check_finite(finite: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """finite: for each block its shard and whether it fits, still on the device. One wait for all."""
+    fits = torch.stack([flag for _, flag in finite]).tolist() if finite else []
+    for (name, _), fit in zip(finite, fits, strict=True):
+        if not fit:
+            raise CheckpointError(
+                f"{name} has values beyond float16's range; use --dtype bfloat16 or float32"
+            )
 
 
 def num_bytes(shard: TensorShard, dtype: torch.dtype) -> int:

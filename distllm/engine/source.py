@@ -1,30 +1,40 @@
-"""Where weights come from: one protocol over a Hugging Face folder and an engine folder."""
+"""Where weights come from: one protocol over a Hugging Face folder, an engine folder and made-up weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from distllm.models.spec import DecoderSpec
+from distllm.parallel.sharding import TensorShard
+
+
+@dataclass(frozen=True)
+class Block:
+    """Values of a part of a shard, in the stored dtype: shard[region]."""
+
+    shard: str
+    region: tuple[slice, ...]
+    values: torch.Tensor
 
 
 class WeightSource(Protocol):
-    """The slots of one model, whole or in slices. Opening it has checked that all are there and fit."""
+    """The weights of one model. Opening it has checked that all are there and fit."""
 
     path: Path
     spec: DecoderSpec
 
-    def read(self, slot: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """slot[start:stop] along dim, on the CPU in the stored dtype. Reads from disk only what is asked for.
+    def read(self, shards: Sequence[TensorShard], device: torch.device) -> Iterator[Block]:
+        """What fills these shards, block by block, on the device, in the order that is fastest to read.
 
-        Raises CheckpointError if the stored bytes are damaged.
+        Padding is in no block, or zero. A block's values are valid until the next is asked for, on a GPU for
+        work on the current stream. Raises CheckpointError if stored bytes are damaged, at the latest after
+        the last block.
         """
-        ...
-
-    def position(self, slot: str) -> tuple[int, int]:
-        """Sort key that puts slots into the order in which they lie on disk."""
         ...
 
 

@@ -20,7 +20,6 @@ from distllm.comm.devices import select_device
 from distllm.config import EngineConfig
 from distllm.engine import (
     WeightSource,
-    dummy_weights,
     eos_token_ids,
     load_weights,
     open_source,
@@ -199,8 +198,7 @@ class LLM:
         dtype = resolve_dtype(config.dtype, spec.dtype, device)
         self.spec, self.device, self.dtype = spec, device, dtype
         shards = shard_table(spec, self.layout)
-        load = dummy_weights if config.load_format == "dummy" else load_weights
-        weights = agree(control, lambda: load(source, shards, dtype, device, self._progress))
+        weights = agree(control, lambda: load_weights(source, shards, dtype, device, self._progress))
         decoder = Decoder(spec, self.layout, weights, self._channels.tp)
         block_bytes = math.prod(decoder.kv_cache_shape(1, config.block_size)) * dtype.itemsize
         num_blocks = kv_block_count(config, spec, block_bytes, control, device)

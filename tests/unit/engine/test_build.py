@@ -346,12 +346,46 @@ def test_damaged_engine_is_one_clear_line(llama: Path, tmp_path: Path, kind: str
     assert "\n" not in str(caught.value)
 
 
+def test_under_its_own_layout_a_rank_reads_its_own_file(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where several ranks hold the same KV head; only what all hold alike is read from rank 0's."""
+    build(llama, tmp_path / "engine", 6, 1)
+    num_read, real = {}, os.preadv
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        num_read[name] = num_read.get(name, 0) + buffers[0].nbytes
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    weights = load(tmp_path / "engine", RankLayout(6, 1, rank=5))
+    replicated = ("norm.weight", ".o.bias", ".down.bias")
+    alike = sum(weight.nbytes for name, weight in weights.items() if name.endswith(replicated))
+    total = sum(weight.nbytes for weight in weights.values())
+    assert num_read == {"rank00.safetensors": alike, "rank05.safetensors": total - alike}
+
+
 def test_only_what_is_read_is_verified(llama: Path, tmp_path: Path) -> None:
     build(llama, tmp_path / "engine", 2, 1)
     flip_a_bit(tmp_path / "engine")
     load(tmp_path / "engine", RankLayout(2, 1, rank=0))
     with pytest.raises(CheckpointError, match="checksum"):
         load(tmp_path / "engine", RankLayout(2, 1, rank=1))
+
+
+def test_a_tensor_is_verified_once(llama: Path, tmp_path: Path) -> None:
+    """A source is read many times in a build; the second time it reads no more than what it is asked for."""
+    build(llama, tmp_path / "engine", 1, 1)
+    source = open_source(tmp_path / "engine")
+    shards = shard_table(source.spec, RankLayout(2, 1, rank=0))
+    first = load_weights(source, shards, torch.float32, CPU)
+    content = bytearray((tmp_path / "engine" / "rank00.safetensors").read_bytes())
+    content[-7] ^= 4  # in the other rank's rows of the head
+    (tmp_path / "engine" / "rank00.safetensors").write_bytes(content)
+    assert same(load_weights(source, shards, torch.float32, CPU), first)
+    with pytest.raises(CheckpointError, match="checksum"):
+        load(tmp_path / "engine", RankLayout(2, 1, rank=0))
 
 
 def test_a_build_from_a_damaged_engine_fails_on_every_rank(llama: Path, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distllm.engine import files, load_weights, open_source, resolve_model
-from distllm.engine.checkpoint import HFCheckpoint
+from distllm.engine import files, load_weights, open_source, reader, resolve_model
 from distllm.errors import CheckpointError
 from distllm.models.shards import shard_table
 from distllm.parallel.layout import RankLayout
@@ -21,44 +20,59 @@ from tests.checkpoints import make_llama
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def test_reads_slices_of_the_stored_tensors(llama: Path) -> None:
-    source, stored = open_source(llama), load_file(llama / WEIGHTS)
-    q = stored["model.layers.1.self_attn.q_proj.weight"]
-    assert torch.equal(source.read("layers.1.attn.q.weight", 0, 5, 17), q[5:17])
-    o = stored["model.layers.2.self_attn.o_proj.weight"]
-    assert torch.equal(source.read("layers.2.attn.o.weight", 1, 3, 11), o[:, 3:11])
-    assert torch.equal(source.read("head.weight", 0, 0, 41), stored["lm_head.weight"])
+CPU = torch.device("cpu")
 
 
-def test_sharded_checkpoint_reads_alike(llama: Path, tmp_path: Path) -> None:
-    """Files in the index's order, tensors in the files' order."""
-    folder = tmp_path / "sharded"
-    model = make_llama(folder)
-    single, sharded = tmp_path / "single", tmp_path / "many"
-    model.save_pretrained(single)
-    model.save_pretrained(sharded, max_shard_size="40KB")
-    assert len(list(sharded.glob("*.safetensors"))) > 3
-    one, many = HFCheckpoint(single), HFCheckpoint(sharded)
-    for slot, shape in many._shapes.items():
-        assert torch.equal(one.read(slot, 0, 0, shape[0]), many.read(slot, 0, 0, shape[0]))
-    files = json.loads((sharded / INDEX).read_text())["weight_map"]
-    by_position = sorted(many._shapes, key=many.position)
-    order = [files[many._names[slot]] for slot in by_position]
-    assert len(list(dict.fromkeys(order))) == sum(a != b for a, b in zip(order, [None, *order], strict=False))
+def test_shards_are_slices_of_the_stored_tensors(llama: Path) -> None:
+    """The last of six ranks: one head, KV head 1 of 2, the end of the vocabulary with its padding."""
+    stored, source = load_file(llama / WEIGHTS), open_source(llama)
+    weights = load_weights(source, shard_table(source.spec, RankLayout(6, 1, rank=5)), torch.float32, CPU)
+    at = "model.layers.1.self_attn."
+    k, v = stored[at + "k_proj.weight"], stored[at + "v_proj.weight"]
+    q = stored[at + "q_proj.weight"][30:36]
+    assert torch.equal(weights["layers.1.attn.qkv.weight"], torch.cat([q, k[6:12], v[6:12]]))
+    assert torch.equal(weights["layers.1.attn.o.weight"], stored[at + "o_proj.weight"][:, 30:36])
+    assert torch.equal(weights["layers.1.attn.o.bias"], stored[at + "o_proj.bias"])
+    assert torch.equal(weights["head.weight"][:6], stored["lm_head.weight"][35:41])
+    assert weights["head.weight"].shape == (7, 30) and not weights["head.weight"][6].any()
+
+
+def test_a_checkpoint_in_many_files_loads_alike(tmp_path: Path) -> None:
+    model = make_llama(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    one, many = open_source(tmp_path / "one"), open_source(tmp_path / "many")
+    shards = shard_table(one.spec, RankLayout(2, 1, rank=1))
+    a, b = (load_weights(source, shards, torch.float32, CPU) for source in (one, many))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("size", ["40KB", "1GB"])
-def test_loading_reads_forward(tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank's slices in the order in which they lie on disk, each once."""
+def test_loading_reads_forward_and_only_what_it_needs(
+    tmp_path: Path, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File after file, each from front to back; a rank of two reads its rows, and all of what is cut by
+    columns.
+    """
     make_llama(tmp_path / "model").save_pretrained(tmp_path / "cut", max_shard_size=size)
-    source = HFCheckpoint(tmp_path / "cut")
-    seen: list[tuple[int, int]] = []
-    real = source.read
-    monkeypatch.setattr(
-        source, "read", lambda slot, *at: seen.append(source.position(slot)) or real(slot, *at)
-    )
-    load_weights(source, shard_table(source.spec, RankLayout(2, 1)), torch.float32, torch.device("cpu"))
-    assert seen == sorted(set(seen)) and len(seen) == len(source._shapes)
+    source = open_source(tmp_path / "cut")
+    shards = shard_table(source.spec, RankLayout(2, 1))
+    seen: list[tuple[str, int]] = []
+    num_read, real = 0, os.preadv
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal num_read
+        seen.append((os.readlink(f"/proc/self/fd/{descriptor}"), offset))
+        num_read += buffers[0].nbytes
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(reader, "NUM_THREADS", 1)
+    weights = load_weights(source, shards, torch.float32, CPU)
+    num_files = len(list((tmp_path / "cut").glob("*.safetensors")))
+    assert seen == sorted(set(seen)) and len({file for file, _ in seen}) == num_files
+    by_columns = [weights[f"layers.{n}.{name}.weight"] for n in range(5) for name in ("attn.o", "mlp.down")]
+    assert num_read == sum(weight.nbytes for weight in [*weights.values(), *by_columns])
 
 
 def test_links_into_a_hub_cache_are_followed(copied: Path, tmp_path: Path) -> None:
@@ -127,7 +141,54 @@ def index_names_another_file(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
 
 
+def edit_header(folder: Path, change: Callable[[dict], object]) -> None:
+    """Rewrite the header, and leave the tensors' bytes as they are."""
+    content = (folder / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    data = json.loads(content[8:end])
+    change(data)
+    text = json.dumps(data).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+def edit_entry(key: str, value: object) -> Callable[[Path], None]:
+    return lambda folder: edit_header(folder, lambda header: header["model.norm.weight"].update({key: value}))
+
+
+def overlap(header: dict) -> None:
+    header["model.norm.weight"]["data_offsets"] = header["lm_head.weight"]["data_offsets"]
+
+
+def huge_header(folder: Path) -> None:
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.write((2**63).to_bytes(8, "little"))
+
+
 BAD = {
+    "header beyond the file": (huge_header, "incomplete: a header of 9223372036854775808 bytes in a file of"),
+    "header a list": (
+        lambda f: (f / WEIGHTS).write_bytes((2).to_bytes(8, "little") + b"[]"),
+        "the header holds a list",
+    ),
+    "header deep": (
+        lambda f: (f / WEIGHTS).write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5),
+        "damaged or incomplete",
+    ),
+    "overlap": (lambda f: edit_header(f, overlap), "damaged or incomplete: .* starts at byte"),
+    "gap": (
+        lambda f: edit_header(f, lambda header: header.pop("model.norm.weight")),
+        "damaged or incomplete",
+    ),
+    "longer": (lambda f: (f / WEIGHTS).open("ab").write(b"\0"), "damaged or incomplete: .* bytes instead of"),
+    "negative offset": (edit_entry("data_offsets", [-120, 0]), "norm.weight has a shape or data_offsets"),
+    "offsets turned": (edit_entry("data_offsets", [120, 0]), "norm.weight has a shape or data_offsets"),
+    "one offset": (edit_entry("data_offsets", [0]), "norm.weight has no dtype, shape and data_offsets"),
+    "offset beyond the file": (edit_entry("data_offsets", [0, 2**70]), "damaged or incomplete"),
+    "offset not a number": (edit_entry("data_offsets", ["0", 1]), "norm.weight has a shape or data_offsets"),
+    "negative shape": (edit_entry("shape", [-30]), "norm.weight has a shape or data_offsets"),
+    "no shape": (edit_entry("shape", None), "norm.weight has no dtype, shape"),
+    "dtype not a name": (edit_entry("dtype", ["F32"]), r"norm.weight is stored as \['F32'\]"),
+    "bytes against shape": (edit_entry("dtype", "BF16"), "has 120 bytes; its shape in BF16 needs 60"),
     "no weights": (drop_weights, "neither model.safetensors nor model.safetensors.index.json"),
     "pickled": (pickled_only, "only pickled weights"),
     "truncated": (truncate, "model.safetensors is damaged or incomplete"),
