@@ -11,6 +11,12 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def needs_gpus(wanted: int) -> None:
+    """Skip the test where there are fewer."""
+    if wanted > num_gpus():
+        pytest.skip(f"{wanted} ranks need {wanted} GPUs; there are {num_gpus()}")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and num_gpus() == 0:
         pytest.skip("no CUDA device")
@@ -20,6 +26,5 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def num_ranks(request: pytest.FixtureRequest) -> int:
     """A world size, skipped where there are fewer GPUs."""
     wanted: int = request.param
-    if wanted > num_gpus():
-        pytest.skip(f"{wanted} ranks need {wanted} GPUs; there are {num_gpus()}")
+    needs_gpus(wanted)
     return wanted
