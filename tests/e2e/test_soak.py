@@ -10,6 +10,6 @@ pytestmark = pytest.mark.mpi
 
 
 def test_soak() -> None:
-    args = ("-tp", 2, "-pp", 2, "--requests", 400, "--wave", 40, "--deadline-s", 100)
+    args = ("-tp", 2, "-pp", 2, "--requests", 300, "--wave", 30, "--deadline-s", 100)
     code, output = launchers.launcher("openmpi").run(4, "tests/e2e/run_soak.py", *args, timeout_s=110)
     assert code == 0 and "tp 2 pp 2: passed" in output, output

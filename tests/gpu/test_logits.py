@@ -12,7 +12,7 @@ from tests import launchers
 from tests.gpu.conftest import needs_gpus
 from tests.gpu.logit_cases import ALLOWED, VARIANTS, Case, check, logits_file, make_case, read_logits
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def layout(request: pytest.FixtureRequest, cases: dict[str, Case]) -> tuple[int,
     needs_gpus(tp * pp)
     folder = next(iter(cases.values())).folder.parent
     code, output = launchers.launcher("openmpi").run(
-        tp * pp, "tests/gpu/run_logits.py", folder, tp, pp, timeout_s=110
+        tp * pp, "tests/gpu/run_logits.py", folder, tp, pp, timeout_s=250
     )
     assert code == 0, output
     return tp, pp
