@@ -11,7 +11,7 @@ GPU_PYTHON := $(shell command -v python3)
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint unit gpu-test clean
+.PHONY: demo test lint unit gpu-test gpu-sanitize clean
 
 demo: .venv/ready
 	launch/mpirun.sh -n 4 python examples/demo.py
@@ -24,6 +24,9 @@ unit: .venv/ready
 
 gpu-test:
 	$(GPU_PYTHON) -m pytest tests/gpu tests/kernels
+
+gpu-sanitize:
+	$(GPU_PYTHON) tests/gpu/sanitize.py
 
 lint: .venv/ready
 	ruff check

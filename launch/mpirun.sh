@@ -34,6 +34,10 @@ case $version in
         if [ -z "$hostfile" ] && [ "$ranks" -gt "$cores" ]; then
             set -- --oversubscribe --mca mpi_yield_when_idle 1 "$@"
         fi
+        # Open MPI 4 does not start without ssh, even on one host, where it needs none.
+        if [ -z "$hostfile" ] && ! command -v ssh >/dev/null && ! command -v rsh >/dev/null; then
+            export OMPI_MCA_plm="${OMPI_MCA_plm:-^rsh}"
+        fi
         ;;
     *)
         [ -z "$hostfile" ] || set -- -f "$hostfile" "$@"

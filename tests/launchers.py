@@ -45,7 +45,8 @@ class Launcher:
         return [str(ROOT / "launch/mpirun.sh"), "-n", str(num_ranks), sys.executable, *map(str, args)]
 
     def environ(self, **extra: str) -> dict[str, str]:
-        own = {"MPIRUN": str(self.mpirun), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        own = {"MPIRUN": str(self.mpirun), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         return clean_environ() | own | dict(self.variables) | extra
 
     @contextmanager

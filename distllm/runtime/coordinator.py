@@ -32,6 +32,8 @@ class Coordinator:
         self._runner = runner
         self._pp_size = pp_size
         self.watch: Watch = nullcontext  # entered around each of PARTS, by name: how profilers see steps
+        self._running: dict[str, Generation] = {}  # what run() has in hand, by request id
+        self._changed: list[Generation] = []  # of the last step, to be yielded; abort() adds to it
 
     def admit(self, generations: list[Generation]) -> None:
         """Queue the requests of these prompts, or none: RequestError if one could never fit."""
@@ -51,9 +53,11 @@ class Coordinator:
         Closing the iterator early aborts what is left. Rank 0 only, while every other rank is in run_worker.
         """
         owner = {request: generation for generation in generations for request in generation.requests}
+        self._running = {generation.request_id: generation for generation in generations}
         try:
             while self._scheduler.has_unfinished:
-                yield from self._step(owner)
+                self._changed = self._step(owner)
+                yield from self._changed  # which may grow meanwhile
         except GeneratorExit:
             for request in owner:
                 self._scheduler.abort(request)
@@ -61,11 +65,26 @@ class Coordinator:
             raise
         self._finish(owner)
 
+    def abort(self, request_id: str) -> None:
+        """End all samples of a prompt, wherever they stand; run() yields it once more. An id that is unknown
+        or finished is ignored.
+
+        Rank 0 only, between two yields of run(). Not collective: the next plan no longer runs them, and that
+        is all that the other ranks need to know.
+        """
+        generation = self._running.get(request_id)
+        if generation is None or generation.finished:
+            return
+        for request in generation.requests:
+            self._scheduler.abort(request)
+        self._changed.append(generation)
+
     def refuse(self, text: str) -> None:
         """Tell the workers that this work was refused, and why."""
         self._control.bcast(encode_error(text))
 
     def _finish(self, owner: dict[Request, Generation]) -> None:
+        self._running, self._changed = {}, []
         while self._scheduler.has_outstanding:
             self._step(owner)
         self._scheduler.check_integrity()

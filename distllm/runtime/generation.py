@@ -26,6 +26,7 @@ class _Sample:
     cumulative_logprob: float = 0.0
     num_given_chars: int = 0
     num_given_tokens: int = 0
+    gave_end: bool = False
 
 
 class Generation:
@@ -78,6 +79,7 @@ class Generation:
         for sample, output in zip(fresh, outputs, strict=True):
             sample.num_given_chars += len(output.text)
             sample.num_given_tokens += len(output.token_ids)
+            sample.gave_end = output.finish_reason is not None
         return self._request_output(outputs) if outputs else None
 
     def _detokenizer(self, request: Request) -> Detokenizer | None:
@@ -101,7 +103,10 @@ class Generation:
         return self._params.include_stop_str_in_output
 
     def _has_news(self, sample: _Sample) -> bool:
-        return sample.num_given_tokens < sample.request.num_output_tokens
+        """New tokens, or an end without a token: an abort's."""
+        request = sample.request
+        ends = request.finish_reason is not None and not sample.gave_end
+        return ends or sample.num_given_tokens < request.num_output_tokens
 
     def _completion(self, sample: _Sample, from_char: int, from_token: int) -> CompletionOutput:
         request = sample.request

@@ -58,8 +58,8 @@ class LLM:
             if llm.is_root:
                 print(outputs[0].outputs[0].text)
 
-    Every method is collective: every rank calls it with the same arguments, in the same order; prompts matter
-    on rank 0 alone. Without comm, one rank uses no MPI, and several use MPI.COMM_WORLD.
+    Every method but abort() is collective: every rank calls it with the same arguments, in the same order;
+    prompts matter on rank 0 alone. Without comm, one rank uses no MPI, and several use MPI.COMM_WORLD.
     """
 
     def __init__(
@@ -154,6 +154,18 @@ class LLM:
             yield
         finally:
             self._coordinator.watch = nullcontext
+
+    def abort(self, request_id: str) -> None:
+        """End a prompt that stream() is working on, with all its samples, wherever they stand; its last
+        output says finish_reason "abort". An id that is unknown or finished is ignored.
+
+        Not collective: rank 0 calls it inside its loop over stream(). Raises DistllmError anywhere else.
+        """
+        if self._closed or not self._in_use:
+            raise DistllmError(
+                f"abort({request_id!r}) outside of a stream(); call it in rank 0's loop over one"
+            )
+        self._coordinator.abort(request_id)
 
     def close(self) -> None:
         """Free the communicators. Collective; calling it twice is harmless. After an interruption it only

@@ -1,41 +1,64 @@
-"""On every rank: the engine on GPUs, eager and captured, against the expected tokens. FOLDER TP PP."""
+"""On every rank: the engine in fp32, eager and captured, chunked and whole, against Case. FOLDER TP PP."""
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from distllm import LLM, SamplingParams
-from tests.gpu.engine_cases import GREEDY, SEEDED, options
+from distllm import LLM, RequestOutput, SamplingParams
+from tests.gpu.engine_cases import GREEDY, SEEDED, Case, load_case
+
+CHUNKED, WHOLE = 64, 4096  # max_num_batched_tokens; the longest prompts have about 100
+AT = 13  # where the sampled prompt stands among the others
 
 
-def run(folder: Path, tp: int, pp: int, eager: bool) -> tuple[list[Any], bool]:
-    case = json.loads((folder / "case.json").read_text())
-    sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
-    with LLM(str(folder), enforce_eager=eager, **sizes, **options()) as llm:
-        assert llm.device.type == "cuda"
-        prompts = case["prompts"]
-        greedy = llm.generate(prompts, SamplingParams(**GREEDY))
-        alone = llm.generate(prompts[5], SamplingParams(**SEEDED))
-        mixed = [SamplingParams(**GREEDY)] * len(prompts)
-        mixed[5] = SamplingParams(**SEEDED)
-        among = llm.generate(prompts, mixed)
-        if not llm.is_root:
-            return [], False
-        assert [list(o.outputs[0].token_ids) for o in greedy] == case["expected"], "greedy tokens differ"
-        assert alone[0].outputs[0].token_ids == among[5].outputs[0].token_ids, "the batch changed a sample"
-        return list(alone[0].outputs[0].token_ids), True
+def tokens(outputs: Sequence[RequestOutput]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def check_greedy(llm: LLM, case: Case) -> None:
+    outputs = llm.generate(case.prompts, SamplingParams(**GREEDY))
+    if llm.is_root:
+        assert tokens(outputs) == case.greedy, "greedy tokens differ"
+
+
+def check_seeded(llm: LLM, case: Case, name: str) -> None:
+    """Alone, once more from the prefix cache, and among 31 others: what transformers' logits give."""
+    seeded, greedy = SamplingParams(**SEEDED[name]), SamplingParams(**GREEDY)
+    wanted = case.seeded[name]
+    alone = [llm.generate(case.needle, seeded) for _ in range(2)]
+    prompts = [*case.prompts[:AT], case.needle, *case.prompts[AT:]]
+    among = llm.generate(prompts, [seeded if i == AT else greedy for i in range(len(prompts))])
+    if not llm.is_root:
+        return
+    assert alone[1][0].num_cached_tokens >= 96, "the prefix cache was not hit"
+    assert [tokens(outputs) for outputs in alone] == [[wanted]] * 2, f"{name}, alone"
+    assert tokens(among)[AT] == wanted, f"{name}: the batch changed a sample"
+    assert tokens(among)[:AT] + tokens(among)[AT + 1 :] == case.greedy, (
+        f"{name}: the batch changed greedy tokens"
+    )
 
 
 def main() -> None:
     folder, tp, pp = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    eager, _ = run(folder, tp, pp, eager=True)
-    captured, is_root = run(folder, tp, pp, eager=False)
-    assert eager == captured, "graphs changed a sample"
-    if is_root:
-        print(f"tp {tp} pp {pp} passed", flush=True)
+    case = load_case(folder)
+    for eager, budget in itertools.product((True, False), (CHUNKED, WHOLE)):
+        with LLM(
+            str(folder),
+            tensor_parallel_size=tp,
+            pipeline_parallel_size=pp,
+            enforce_eager=eager,
+            max_num_batched_tokens=budget,
+            max_num_seqs=27,  # of 32: some wait, and no captured size fits them all
+            kv_cache_memory_bytes=2**26,
+        ) as llm:
+            check_greedy(llm, case)
+            for name in SEEDED:
+                check_seeded(llm, case, name)
+    if llm.is_root:
+        print(f"tp {tp} pp {pp} on {llm.device.type} passed", flush=True)
 
 
 if __name__ == "__main__":

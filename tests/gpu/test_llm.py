@@ -1,34 +1,44 @@
-"""The engine on GPUs: every layout that fits, eager and captured, gives transformers' fp32 greedy tokens."""
+"""The engine on GPUs: every layout that fits and every way to run a step give transformers' fp32 tokens."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from tests import launchers
-from tests.gpu.conftest import num_gpus
-from tests.gpu.engine_cases import make_case
+from tests.gpu.conftest import needs_gpus
+from tests.gpu.engine_cases import make_case, make_trained_case
 
 pytestmark = pytest.mark.gpu
 
-# How this machine tells Open MPI 4 that it has no ssh; the launcher's own variables stay out.
-NO_SSH = {name: value for name, value in os.environ.items() if name.startswith("OMPI_MCA_plm")}
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
     make_case(path)
+    make_trained_case(path)
     return path
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2)])
-def test_tokens(folder: Path, tp: int, pp: int) -> None:
-    if tp * pp > num_gpus():
-        pytest.skip(f"{tp * pp} ranks need as many GPUs; there are {num_gpus()}")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("script", ["run_llm.py", "run_trained.py"])
+def test_tokens(folder: Path, script: str, tp: int, pp: int) -> None:
+    needs_gpus(tp * pp)
     code, output = launchers.launcher("openmpi").run(
-        tp * pp, "tests/gpu/run_llm.py", folder, tp, pp, timeout_s=170, **NO_SSH
+        tp * pp, f"tests/gpu/{script}", folder, tp, pp, timeout_s=280
     )
-    assert code == 0 and f"tp {tp} pp {pp} passed" in output, output
+    assert code == 0 and f"tp {tp} pp {pp} on cuda passed" in output, output
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_soak(tp: int, pp: int) -> None:
+    """As tests/e2e/test_soak.py, with captured steps and sums by peer memory."""
+    needs_gpus(tp * pp)
+    args = ("-tp", tp, "-pp", pp, "--dtype", "bfloat16", "--requests", 1000, "--wave", 50)
+    code, output = launchers.launcher("openmpi").run(tp * pp, "tests/e2e/run_soak.py", *args, timeout_s=280)
+    assert code == 0 and f"tp {tp} pp {pp}: passed" in output, output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -64,3 +65,37 @@ def test_mpirun_script_without_an_mpi() -> None:
     command = [launchers.ROOT / "launch/mpirun.sh", "-n", "2", "true"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=environ)
     assert done.returncode == 2 and "cannot run 'no-such-mpirun'" in done.stderr
+
+
+FAKE_MPIRUN = """#!/bin/sh
+[ "$1" = --version ] && echo "mpirun (Open MPI) 4.1.6" || echo "plm=$OMPI_MCA_plm, arguments $*"
+"""
+
+
+@pytest.mark.parametrize(
+    ("has_ssh", "hostfile", "set_by_user", "wanted"),
+    [
+        (False, [], {}, "^rsh"),
+        (True, [], {}, ""),
+        (False, ["--hostfile", "hosts"], {}, ""),
+        (False, [], {"OMPI_MCA_plm": "slurm"}, "slurm"),
+    ],
+)
+def test_mpirun_script_does_without_ssh_on_one_host(
+    tmp_path: Path, has_ssh: bool, hostfile: list[str], set_by_user: dict[str, str], wanted: str
+) -> None:
+    """Open MPI 4 looks for ssh before it looks at where the ranks shall run."""
+    (tmp_path / "mpirun").write_text(FAKE_MPIRUN)
+    (tmp_path / "mpirun").chmod(0o755)
+    for name in ("sh", "id", "getconf", *(["ssh"] if has_ssh else [])):
+        (tmp_path / name).symlink_to(shutil.which(name) or "/bin/sh")
+    command = ["/bin/sh", launchers.ROOT / "launch/mpirun.sh", "-n", "1", *hostfile, "true"]
+    environ = {"PATH": str(tmp_path)} | set_by_user
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=environ)
+    assert done.returncode == 0 and f"plm={wanted}, arguments -n 1" in done.stdout, done
+
+
+def test_ranks_find_the_packages_that_the_tests_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/some/packages")
+    path = launchers.launcher("openmpi").environ()["PYTHONPATH"]
+    assert path == f"{launchers.ROOT}:/some/packages"

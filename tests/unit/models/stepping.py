@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
+from distllm.comm.base import Channels
+from distllm.comm.connect import open_channels
 from distllm.comm.local import LocalControl, run_ranks
 from distllm.engine import load_weights, open_source
 from distllm.kernels.batch import TokenBatch
@@ -73,46 +75,53 @@ def run_layout(
     folder: Path, grid: RankLayout, texts: list[list[int]], seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
     """Logits of every token of every text, [len(text), vocab_size] each, from the last stage's last rank."""
-    rng = random.Random(seed)
-    lengths = [len(text) for text in texts]
-    steps, tables = random_steps(lengths, rng), shuffled_tables(lengths, rng)
+    cpu = torch.device("cpu")
 
-    @torch.inference_mode()
     def rank(control: LocalControl) -> list[torch.Tensor]:
-        return _run_rank(control, folder, grid.at(control.rank), texts, steps, tables, dtype)
+        layout = grid.at(control.rank)
+        return run_rank(open_channels(control, layout, cpu), folder, layout, texts, seed, dtype, cpu)
 
     return run_ranks(grid.world_size, rank)[-1]
 
 
-def _run_rank(
-    control: LocalControl,
+@torch.inference_mode()
+def run_rank(
+    channels: Channels,
     folder: Path,
     layout: RankLayout,
     texts: list[list[int]],
-    steps: list[Step],
-    tables: torch.Tensor,
+    seed: int,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> list[torch.Tensor]:
-    tp = control.split(layout.pp_rank, layout.tp_rank)
-    pipe = control.split(layout.tp_rank, layout.pp_rank)
+    """What run_layout returns, fp32 on the host; zeros on the earlier stages. Collective."""
+    rng, lengths = random.Random(seed), [len(text) for text in texts]
+    steps, tables = random_steps(lengths, rng), shuffled_tables(lengths, rng)
     source = open_source(folder)
     spec = source.spec
-    weights = load_weights(source, shard_table(spec, layout), dtype, torch.device("cpu"))
-    decoder = Decoder(spec, layout, weights, tp)
-    kv_cache = torch.zeros(decoder.kv_cache_shape(tables.numel(), BLOCK_SIZE), dtype=dtype)
+    decoder = Decoder(
+        spec, layout, load_weights(source, shard_table(spec, layout), dtype, device), channels.tp
+    )
+    kv_cache = torch.zeros(decoder.kv_cache_shape(tables.numel(), BLOCK_SIZE), dtype=dtype, device=device)
     out = [torch.zeros(len(text), spec.vocab_size) for text in texts]
     for step in steps:
-        batch = make_batch(step, tables)
+        batch = _on_device(make_batch(step, tables), device)
         if layout.is_first_stage:
             ids = [token for row, start, stop in step.rows for token in texts[row][start:stop]]
-            hidden = decoder.embed(torch.tensor(ids))
+            hidden = decoder.embed(torch.tensor(ids, device=device))
         else:
-            hidden = pipe.recv(kv_cache.new_empty(len(batch.positions), spec.hidden_size), layout.pp_rank - 1)
+            hidden = kv_cache.new_empty(len(batch.positions), spec.hidden_size)
+            channels.pipe.recv(hidden, layout.pp_rank - 1)
         hidden = decoder.forward(hidden, batch, kv_cache)
         if not layout.is_last_stage:
-            pipe.send(hidden, layout.pp_rank + 1)
+            channels.pipe.send(hidden, layout.pp_rank + 1)
             continue
         parts = decoder.logits(hidden).split([stop - start for _, start, stop in step.rows])
         for (row, start, stop), logits in zip(step.rows, parts, strict=True):
             out[row][start:stop] = logits
     return out
+
+
+def _on_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: x.to(device) for name, x in values.items() if isinstance(x, torch.Tensor)})
