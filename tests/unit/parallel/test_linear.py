@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from distllm.comm.base import TensorComm
 from distllm.comm.local import LocalControl, run_ranks
-from distllm.kernels import add_rms_norm
+from distllm.kernels import add_rms_norm, sample_tokens
 from distllm.parallel.linear import (
     ColumnParallelLinear,
     GatedColumnParallelLinear,
@@ -89,12 +89,35 @@ def test_vocabulary_ends(size: int, vocab_size: int) -> None:
     assert all(torch.equal(rows, weight[ids]) for rows in looked_up)
 
     narrow, gain = weight.bfloat16(), torch.randn(4, dtype=torch.bfloat16)
-    logits = on_ranks(
-        size, lambda tp: VocabParallelHead(padded(narrow, tp), Norm(gain, 1e-5), vocab_size, tp)(hidden)
-    )
+
+    def gathered(tp: TensorComm) -> torch.Tensor:
+        head = VocabParallelHead(padded(narrow, tp), Norm(gain, 1e-5), vocab_size, tp)
+        return head.gather(head(hidden))
+
+    logits = on_ranks(size, gathered)
     assert all(torch.equal(each, logits[0]) for each in logits)
     wanted = F.linear(normed(hidden, gain), narrow.double())
     torch.testing.assert_close(logits[0].double(), wanted, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("vocab_size", [5, 12, 131])
+def test_tokens_are_chosen_where_their_logits_lie(size: int, vocab_size: int) -> None:
+    """As from all logits in one place: greedy and drawn, without padding, ties to the lowest id."""
+    weight, hidden = torch.randn(vocab_size, 4), torch.randn(40, 4)
+    weight[vocab_size // 2] = weight[0]
+    weight *= -1  # so that what pads the vocabulary, logits of 0, would often be best
+    temperature, seed, positions = torch.linspace(0, 2, 40), torch.arange(40), torch.arange(40) * 7
+    temperature[:10] = 0
+    norm = Norm(torch.ones(4), 1e-5)
+
+    def chosen(tp: TensorComm) -> torch.Tensor:
+        head = VocabParallelHead(padded(weight, tp), norm, vocab_size, tp)
+        return head.best_tokens(head(hidden), temperature, seed, positions)
+
+    logits = F.linear(normed(hidden, norm.gain).float(), weight)
+    wanted = sample_tokens(logits, temperature, seed, positions)
+    assert all(tokens.tolist() == wanted.tolist() for tokens in on_ranks(size, chosen))
 
 
 class Fusing:

@@ -297,7 +297,7 @@ def test_prefix_cache_is_reported(oracle: Oracle) -> None:
     prompt = oracle.prompts[6]
 
     def run(control: LocalControl) -> list[int]:
-        with LLM(str(oracle.folder), comm=control) as llm:
+        with LLM(str(oracle.folder), comm=control, block_size=16) as llm:
             return [llm.generate(prompt, GREEDY)[0].num_cached_tokens for _ in range(2)]
 
     assert run_ranks(1, run)[0] == [0, (len(prompt) - 1) // 16 * 16]
