@@ -9,7 +9,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DOT_DTYPES = (
     DTYPES if DEVICE == "cuda" else DTYPES[:2]
-)  # the interpreter multiplies the bits of bf16 matrices
+)  # the interpreter multiplies the bits of bf16 matrices, and rounds to bf16 towards zero
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

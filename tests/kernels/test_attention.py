@@ -243,3 +243,7 @@ def test_rope_and_cache(
     )
     close(got, want, dtype)
     close(caches[0], caches[1], dtype)
+    if (
+        not rotary_dim and dtype in DOT_DTYPES[1:]
+    ):  # in 16 bits it shows whether both round at the same places
+        assert (got == want).float().mean() > 0.99

@@ -46,7 +46,7 @@ def rope_and_cache_kv(
     fp32.
     """
     heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
-    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if qk_norm is not None:
         q_gain, k_gain, eps = qk_norm
         q, k = _norm(q, q_gain, eps), _norm(k, k_gain, eps)
@@ -66,9 +66,10 @@ def _rotate(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.
     """x: [num_tokens, heads, head_dim]."""
     rotary_dim = cos_sin.shape[1]
     cos, sin = cos_sin[:, None].chunk(2, dim=-1)
-    turning, rest = x.split((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
+    turning, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     pair = -1 if interleaved else -2  # the dimension of length 2
-    pairs = turning.float().unflatten(-1, (rotary_dim // 2, 2) if interleaved else (2, rotary_dim // 2))
+    shape = (rotary_dim // 2, 2) if interleaved else (2, rotary_dim // 2)
+    pairs = turning.float().reshape(*x.shape[:-1], *shape)
     first, second = pairs.unbind(pair)
     turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=pair)
     return torch.cat((turned.flatten(-2).to(x.dtype), rest), dim=-1)

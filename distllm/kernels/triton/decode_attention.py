@@ -59,11 +59,9 @@ def _decode_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     at = tl.full([BLOCK_M], -1, tl.int32) + seq_len
-    slope = (
-        None
-        if slopes is None
-        else tl.load(slopes + kv_head * GROUP + members, mask=members < GROUP, other=0.0)
-    )
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + kv_head * GROUP + members, mask=members < GROUP, other=0.0)
     m, total, acc = fold_positions(
         query, keys, values, kv_head * HEAD_DIM, block_table + row.to(tl.int64) * table_stride, first,
         tl.minimum(first + per_split, seq_len), at, m, total, acc, scale, slope, False,

@@ -15,11 +15,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _shape_scores(scores, distance, scale, slope, SOFTCAP: tl.constexpr):
     """q kᵀ, scaled, capped and biased; as powers of two."""
-    if SOFTCAP > 0:
-        doubled = tl.exp2(
-            scores * (scale * (2.0 * LOG2E / SOFTCAP))
-        )  # exp(2x); tanh(x) = 1 − 2 / (exp(2x) + 1)
-        scores = (SOFTCAP * LOG2E) * (1.0 - 2.0 / (doubled + 1.0))
+    if SOFTCAP > 0:  # tanh(x) = 1 − 2 / (exp(2x) + 1)
+        exp_2x = tl.exp2(scores * (scale * (2.0 * LOG2E / SOFTCAP)))
+        scores = (SOFTCAP * LOG2E) * (1.0 - 2.0 / (exp_2x + 1.0))
     else:
         scores = scores * (scale * LOG2E)
     if slope is not None:

@@ -36,8 +36,8 @@ def _find_row(cu_seqlens, tile, base, num_rows, BLOCK_Q: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_decodes", "num_rows", "table_stride"])
 def _prefill_kernel(
-    q, keys, values, block_table, cu_seqlens, seq_lens, slopes, out, scale, table_stride, num_decodes,
-    num_rows,
+    q, keys, values, block_table, cu_seqlens, seq_lens, slopes, out, scale, table_stride,
+    num_decodes, num_rows,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_P2: tl.constexpr, BLOCK_Q: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BY_PAGE: tl.constexpr,
@@ -60,7 +60,9 @@ def _prefill_kernel(
     heads = ((begin + token).to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP + head
     places = heads[:, None] * HEAD_DIM + columns[None, :]
     query = tl.load(q + places, mask=inside, other=0.0)
-    slope = None if slopes is None else tl.load(slopes + kv_head * GROUP + head, mask=head < GROUP, other=0.0)
+    slope = None
+    if slopes is not None:
+        slope = tl.load(slopes + kv_head * GROUP + head, mask=head < GROUP, other=0.0)
     column = kv_head * HEAD_DIM
     block_table += row.to(tl.int64) * table_stride
     stop = cached + tl.minimum(offset + BLOCK_Q, end - begin)
