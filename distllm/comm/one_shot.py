@@ -22,7 +22,7 @@ from distllm.comm.peer_memory import PeerMemory, try_map
 
 MAX_BLOCKS = 2048  # of a launch. Those that do not fit at once start in order on every rank: none starves
 MAX_THREADS = 1024
-CAPACITY = 16 << 20  # bytes of the largest message
+CAPACITY = 16 << 20  # bytes of the largest message; longer ones go in pieces
 PUSH_CAPACITY = 512 << 10  # of the largest pushed one
 CHUNK_BYTES = 4 << 10  # of one block's share of a message that has no rows, unless there are too few blocks
 VEC_BYTES = 16
@@ -47,10 +47,11 @@ class Limits:
     two_shot: int
 
 
-# By the number of ranks. 2: measured on H100s with NVLink (tests/gpu/time_all_reduce.py). 4 and 8: not yet;
-# they follow from it by the bytes that a rank sends, n - 1 times its message when it pushes or pulls.
+# By the number of ranks. 2: measured on H100s with NVLink (tests/gpu/time_all_reduce.py); no step's message is
+# longer. 4 and 8: not yet; they follow from it by the bytes that a rank sends, n - 1 times its message when it
+# pushes or pulls.
 LIMITS = {
-    2: Limits(push=512 << 10, pull=16 << 20, two_shot=0),
+    2: Limits(push=512 << 10, pull=1 << 30, two_shot=0),
     4: Limits(push=128 << 10, pull=512 << 10, two_shot=4 << 20),
     8: Limits(push=64 << 10, pull=128 << 10, two_shot=4 << 20),
 }
@@ -75,23 +76,23 @@ class OneShot:
 
     def takes_rows(self, x: torch.Tensor) -> bool:
         """Is all_reduce_add_norm of x, [num_tokens, hidden_size], for us?"""
-        num_rows, row_vecs = x.shape[0], x.shape[-1] * x.itemsize // VEC_BYTES
-        whole = x.ndim == 2 and x.shape[1] * x.itemsize % VEC_BYTES == 0
-        return whole and num_rows <= MAX_BLOCKS and row_vecs <= MAX_THREADS * ITEMS[-1] and self.takes(x)
+        row_bytes = x.shape[-1] * x.itemsize
+        whole = x.ndim == 2 and row_bytes % VEC_BYTES == 0
+        return whole and row_bytes <= MAX_THREADS * ITEMS[-1] * VEC_BYTES and self.takes(x)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum x over the ranks, in place, on the current stream. Collective; takes(x) must hold."""
-        num_vecs = x.nbytes // VEC_BYTES
-        row_vecs = max(CHUNK_BYTES // VEC_BYTES, -(-num_vecs // MAX_BLOCKS))
-        self._launch(
-            "all_reduce", x, -(-num_vecs // row_vecs), row_vecs, x, x, np.int32(row_vecs), np.int32(num_vecs)
-        )
+        for piece in x.view(-1).split(CAPACITY // x.itemsize):
+            num_vecs = piece.nbytes // VEC_BYTES
+            row_vecs = max(CHUNK_BYTES // VEC_BYTES, -(-num_vecs // MAX_BLOCKS))
+            scalars = np.int32(row_vecs), np.int32(num_vecs)
+            self._launch("all_reduce", piece, -(-num_vecs // row_vecs), row_vecs, piece, piece, *scalars)
         return x
 
     def all_reduce_add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(total) · weight, total) with total = Σ x over the ranks + residual, in one kernel.
+        """(rms_norm(total) · weight, total) with total = Σ x over the ranks + residual, in one kernel a piece.
 
         x, residual: [num_tokens, hidden_size]; weight: [hidden_size]; all contiguous and of one dtype; x and
         residual are left as they are. Collective, on the current stream; takes_rows(x) must hold.
@@ -99,11 +100,13 @@ class OneShot:
         assert x.dtype == residual.dtype == weight.dtype and x.shape == residual.shape, "one dtype, one shape"
         assert _whole_vectors(residual) and _whole_vectors(weight), "loads are 16 bytes wide"
         normed, total = torch.empty_like(x), torch.empty_like(x)
-        num_rows, row_vecs = x.shape[0], x.shape[1] * x.itemsize // VEC_BYTES
+        row_vecs = x.shape[1] * x.itemsize // VEC_BYTES
         scalars = np.int32(row_vecs), np.float32(eps)
-        self._launch(
-            "all_reduce_add_norm", x, num_rows, row_vecs, x, residual, weight, normed, total, *scalars
-        )
+        rows = min(MAX_BLOCKS, CAPACITY // (row_vecs * VEC_BYTES))
+        for parts in zip(*(tensor.split(rows) for tensor in (x, residual, normed, total)), strict=True):
+            part, old, *new = parts
+            args = (part, old, weight, *new, *scalars)
+            self._launch("all_reduce_add_norm", part, len(part), row_vecs, *args)
         return normed, total
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from distllm.comm.one_shot import CAPACITY, DTYPES, PUSH_CAPACITY, Limits, Mode,
 from distllm.kernels.reference.norm import add_rms_norm
 from tests.comm_contract import ULPS
 
-NUMELS = (8, 24, 2048, 4096, 4104, 40_000, 65_536, 250_000, 1_000_000, 8_388_608)
+NUMELS = (8, 24, 2048, 4096, 4104, 40_000, 65_536, 250_000, 1_000_000, 8_388_608, 20_000_008)
 ROWS = (
     (1, 4096),
     (3, 4096),
@@ -27,13 +27,15 @@ ROWS = (
     (33, 5120),
     (512, 4096),
     (2048, 4096),
+    (5000, 4096),
+    (3000, 64),
     (1, 8),
 )
 EPS = 1e-5
 ONLY = {
     Mode.PUSH: Limits(push=PUSH_CAPACITY, pull=0, two_shot=0),
-    Mode.PULL: Limits(push=0, pull=CAPACITY, two_shot=0),
-    Mode.TWO_SHOT: Limits(push=0, pull=0, two_shot=CAPACITY),
+    Mode.PULL: Limits(push=0, pull=4 * CAPACITY, two_shot=0),
+    Mode.TWO_SHOT: Limits(push=0, pull=0, two_shot=4 * CAPACITY),
 }
 
 
@@ -129,10 +131,10 @@ def check_odd(one_shot: OneShot) -> None:
     """What the kernels cannot take goes to NCCL."""
     for shape, dtype in (((7,), torch.bfloat16), ((4096,), torch.float32), ((0,), torch.float16)):
         assert not one_shot.takes(torch.empty(shape, dtype=dtype, device="cuda"))
-    assert not one_shot.takes(torch.empty(CAPACITY, dtype=torch.bfloat16, device="cuda"))
+    longest = max(one_shot._limits.push, one_shot._limits.pull, one_shot._limits.two_shot)
+    assert not one_shot.takes(torch.empty(longest // 2 + 8, dtype=torch.bfloat16, device="cuda"))
     assert not one_shot.takes(torch.empty(4097, dtype=torch.bfloat16, device="cuda")[1:])
     assert not one_shot.takes_rows(torch.empty(8, 4100, dtype=torch.bfloat16, device="cuda"))
-    assert not one_shot.takes_rows(torch.empty(3000, 64, dtype=torch.bfloat16, device="cuda"))
 
 
 def main() -> None:
