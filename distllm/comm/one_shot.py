@@ -47,9 +47,9 @@ class Limits:
     two_shot: int
 
 
-# By the number of ranks. 2: measured on H100s with NVLink (tests/gpu/time_all_reduce.py); no step's message is
-# longer. 4 and 8: not yet; they follow from it by the bytes that a rank sends, n - 1 times its message when it
-# pushes or pulls.
+# By the number of ranks. 2: measured on H100s with NVLink (tests/gpu/time_all_reduce.py); no step sends more.
+# 4 and 8: not yet; they follow from it by the bytes that a rank sends, n - 1 times its message when it pushes
+# or pulls.
 LIMITS = {
     2: Limits(push=512 << 10, pull=1 << 30, two_shot=0),
     4: Limits(push=128 << 10, pull=512 << 10, two_shot=4 << 20),
@@ -92,7 +92,7 @@ class OneShot:
     def all_reduce_add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rms_norm(total) · weight, total) with total = Σ x over the ranks + residual, in one kernel a piece.
+        """(rms_norm(total) · weight, total) with total = Σ x over the ranks + residual: a kernel a piece.
 
         x, residual: [num_tokens, hidden_size]; weight: [hidden_size]; all contiguous and of one dtype; x and
         residual are left as they are. Collective, on the current stream; takes_rows(x) must hold.

@@ -11,6 +11,7 @@ import json
 import pkgutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,8 +26,8 @@ from distllm.kernels import triton as kernels
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1031, "hidden_size": 200,
-    "intermediate_size": 302, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "head_dim": 80, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 80, "max_position_embeddings": 1200, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 PLAIN = {"max_tokens": 3, "ignore_eos": True}
@@ -36,23 +37,40 @@ PARAMS = [
     SamplingParams(top_k=9, top_p=0.8, min_p=0.01, seed=2, **PLAIN),
     SamplingParams(logprobs=3, min_tokens=2, stop_token_ids=[7], **PLAIN),
 ]
-PROMPT_LENGTHS = (150, 1, 90, 7)  # whole, in chunks beside decodes, and split when the longest decodes alone
 
 
-def run_engine() -> None:
-    for dtype in ("bfloat16", "float32"):
+@dataclass(frozen=True)
+class Engine:
+    dtype: str
+    block_size: int
+    max_num_batched_tokens: int
+    intermediate_size: int
+    prompt_lengths: tuple[int, ...]
+
+
+CHUNKED = (150, 1, 90, 7)  # whole, in chunks beside decodes, and split when the longest decodes alone
+ENGINES = (
+    Engine("bfloat16", 3, 64, 302, CHUNKED),
+    Engine("float32", 3, 64, 302, CHUNKED),
+    Engine("bfloat16", 64, 1200, 304, (1101, 3)),  # what goes by the tensor memory accelerator
+)
+
+
+def run_engines() -> None:
+    for engine in ENGINES:
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(CONFIG | {"torch_dtype": dtype}))
+            own = {"torch_dtype": engine.dtype, "intermediate_size": engine.intermediate_size}
+            (Path(folder) / "config.json").write_text(json.dumps(CONFIG | own))
             with LLM(
                 folder,
                 load_format="dummy",
                 enforce_eager=True,
-                block_size=3,
-                max_num_batched_tokens=64,
-                kv_cache_memory_bytes=2**20,
+                block_size=engine.block_size,
+                max_num_batched_tokens=engine.max_num_batched_tokens,
+                kv_cache_memory_bytes=2**22,
             ) as llm:
-                prompts = [[5 + i % 1000 for i in range(length)] for length in PROMPT_LENGTHS]
-                llm.generate(prompts, PARAMS)
+                prompts = [[5 + i % 1000 for i in range(length)] for length in engine.prompt_lengths]
+                llm.generate(prompts, PARAMS[: len(prompts)])
                 llm.generate(prompts[0], PARAMS[0])
 
 
@@ -66,7 +84,7 @@ def run_triton() -> None:
         return run(self, *args, **kwargs)
 
     JITFunction.run = recording
-    run_engine()
+    run_engines()
     missed = all_kernels() - launched
     assert not missed, f"{sorted(missed)} did not run: add a request that needs them"
     print(f"{len(launched)} Triton kernels ran", flush=True)
