@@ -20,7 +20,7 @@ from distllm.runtime.request import Request
 from distllm.runtime.scheduler import AcceptedToken, Scheduler
 
 # What a step consists of on rank 0, in order. In "wait" the host waits for the device, or finds it done.
-PARTS = ("schedule", "encode", "broadcast", "launch", "wait", "update", "deliver")
+PARTS = ("schedule", "broadcast", "launch", "wait", "update", "deliver")
 
 Watch = Callable[[str], AbstractContextManager[object]]
 
@@ -96,11 +96,9 @@ class Coordinator:
         with watch("schedule"):
             plan = self._scheduler.schedule()
         set_step(plan.step)
-        if self._control.size > 1:
-            with watch("encode"):
-                message = encode(plan)
-            with watch("broadcast"):
-                self._control.bcast(message)
+        with watch("broadcast"):
+            if self._control.size > 1:
+                self._control.bcast(encode(plan))
         with watch("launch"):
             self._runner.run(plan)
         with watch("wait"):
