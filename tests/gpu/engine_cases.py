@@ -73,7 +73,8 @@ def sampled_reference(
     for _step in range(NUM_TOKENS):
         logits = model(torch.tensor([ids])).logits[0, -1]
         lowest = logits.topk(top_k or len(logits)).values[-1]
-        noise = gumbel_noise(torch.tensor([seed]), torch.tensor([len(ids)]), len(logits))[0]
+        entries = torch.arange(len(logits))
+        noise = gumbel_noise(torch.tensor([seed]), torch.tensor([len(ids)]), entries)[0]
         scores = (logits / temperature + noise).masked_fill(logits < lowest, -torch.inf)
         ids.append(int(scores.argmax()))
     return ids[len(prompt) :]
