@@ -1,6 +1,6 @@
 """Run by sanitize.py under compute-sanitizer, at small odd shapes.
 
-`Triton`: an engine and requests that need every kernel; that none was missed is checked. `peer memory`, on
+`Triton`: engines and requests that need every kernel; that none was missed is checked. `peer memory`, on
 several ranks: the all-reduce kernels in all their modes. `plant`: one value read past the end of a tensor.
 """
 
@@ -11,6 +11,7 @@ import json
 import pkgutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +57,8 @@ ENGINES = (
 )
 
 
-def run_engines() -> None:
-    for engine in ENGINES:
+def run_engines(engines: Iterable[Engine]) -> None:
+    for engine in engines:
         with tempfile.TemporaryDirectory() as folder:
             own = {"torch_dtype": engine.dtype, "intermediate_size": engine.intermediate_size}
             (Path(folder) / "config.json").write_text(json.dumps(CONFIG | own))
@@ -84,10 +85,14 @@ def run_triton() -> None:
         return run(self, *args, **kwargs)
 
     JITFunction.run = recording
-    run_engines()
+    run_engines(ENGINES)
     missed = all_kernels() - launched
     assert not missed, f"{sorted(missed)} did not run: add a request that needs them"
     print(f"{len(launched)} Triton kernels ran", flush=True)
+
+
+def run_fp32() -> None:
+    run_engines(engine for engine in ENGINES if engine.dtype == "float32")
 
 
 def all_kernels() -> set[str]:
@@ -130,4 +135,6 @@ def run_plant() -> None:
 
 
 if __name__ == "__main__":
-    {"Triton": run_triton, "peer memory": run_peer_memory, "plant": run_plant}[sys.argv[1]]()
+    {"Triton": run_triton, "Triton in fp32": run_fp32, "peer memory": run_peer_memory, "plant": run_plant}[
+        sys.argv[1]
+    ]()

@@ -70,7 +70,8 @@ def main() -> None:
     what, against_us = "peer memory" if num_ranks > 1 else "Triton", 0
     for tool in TOOLS[: 3 if num_ranks > 1 else 4]:  # initcheck does not see what a peer writes
         started = time.perf_counter()
-        findings = sanitize(tool, num_ranks, what)
+        # Libraries write 16-bit products by bulk copies, which initcheck does not see.
+        findings = sanitize(tool, num_ranks, "Triton in fp32" if tool == "initcheck" else what)
         seconds = time.perf_counter() - started
         numbers = f"{len(findings.ours)} in our kernels, {len(findings.of_libraries)} in libraries"
         print(f"{tool:9} {what}: {numbers}, {seconds:.0f} s", *counted(tool, findings), sep="\n", flush=True)
