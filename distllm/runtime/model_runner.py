@@ -188,19 +188,16 @@ class ModelRunner:
         if not self._layout.is_last_stage:
             self._send_hidden(result.clone())
             self._expect(replace(rows, positions=rows.positions.clone()))
-        elif output.token_ids is None or not self._are_plain(slots):
+        elif output.token_ids is None or self._tables.special_rows(slots):
             self._pass_on(rows, self._sampler.sample(result, slots, rows.positions))
         elif self._layout.is_first_stage:  # the tokens are in the tables
             self._keep_result(rows, Sampled(output.token_ids[: len(slots)]))
         else:
             self._send(Sampled(output.token_ids[: len(slots)].clone()))
 
-    def _are_plain(self, slots: list[int]) -> bool:
-        return all(self._tables.sampling[slot].is_plain for slot in slots)
-
     def _sampled_rows(self, plan: StepPlan, positions: torch.Tensor) -> _SampledRows:
         slots = plan.sampled_slots
-        num_top = num_top_logprobs([self._tables.sampling[slot] for slot in slots])
+        num_top = num_top_logprobs(self._tables.special_rows(slots))
         return _SampledRows(plan.step, slots, num_top, positions)
 
     def _receive_hidden(self, plan: StepPlan) -> torch.Tensor | None:

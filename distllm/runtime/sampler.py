@@ -60,10 +60,10 @@ class Sampler:
 
         Collective: one all_gather by every rank of tp.
         """
-        rows = [self._tables.sampling[slot] for slot in slots]
         index = to_device(slots, torch.int64, shard.device)
-        if all(row.is_plain for row in rows):
+        if not self._tables.special_rows(slots):
             return Sampled(self.sample_plain(shard, index, positions))
+        rows = [self._tables.sampling[slot] for slot in slots]
         logits, parameters = self._head.gather(shard), self._tables.parameters(index)
         token_ids = _choose(logits, rows, positions, parameters)
         return _with_logprobs(logits, token_ids, num_top_logprobs(rows))

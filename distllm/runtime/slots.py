@@ -44,11 +44,16 @@ class SlotTables:
         self.block_table[self.padding_slot] = padding_block
         # What decides control flow is kept on the host too; it is the same on every rank, since plans are.
         self.sampling: list[RowSampling] = [RowSampling()] * num_slots
+        self._special: set[int] = set()  # slots whose rows are not plain
 
     def parameters(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         """Of these rows, [num_rows]: seed, top_k, num_prompt (int64), temperature, top_p, min_p (fp32)."""
         longs, floats = self._longs[slots].t().contiguous(), self._floats[slots].t().contiguous()
         return dict(zip((*_LONGS, *_FLOATS), (*longs, *floats), strict=True))
+
+    def special_rows(self, slots: Sequence[int]) -> list[RowSampling]:
+        """Of these slots, the parameters that are not plain. Asked in every step: most have none."""
+        return [self.sampling[slot] for slot in slots if slot in self._special] if self._special else []
 
     def advance(self, slots: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """The KV of these rows is written up to seq_lens [num_rows]; the padding row stays at its
@@ -73,6 +78,7 @@ class SlotTables:
 
     def _init_row(self, row: RowInit) -> list[_Run]:
         self.sampling[row.slot] = sampling = row.sampling
+        (self._special.discard if sampling.is_plain else self._special.add)(row.slot)
         longs = np.array([sampling.seed, sampling.top_k, row.num_prompt_tokens], dtype=np.int64)
         floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32)
         return [
