@@ -108,17 +108,18 @@ def read_head_dim(config: Config) -> int:
 
 def read_windows(config: Config, window: Any, slides: Callable[[int], bool]) -> tuple[int, ...]:
     """The window of each layer: of those that layer_types names, in files without it of those that `slides`
-    names by number. window: None for none.
+    names by number. window: None for none at all.
     """
     num_layers = require(config, "num_hidden_layers")
-    check_int("num_hidden_layers", num_layers, 1, 2**12)
-    if window is None:
-        return ()
-    check_int("sliding_window", window, 1, 2**27)
-    kinds = config.get("layer_types") or [SLIDING if slides(n) else FULL for n in range(num_layers)]
+    check_int("num_layers", num_layers, 1, 2**12)
+    known = (FULL,) if window is None else (FULL, SLIDING)
+    by_rule = [SLIDING if window is not None and slides(n) else FULL for n in range(num_layers)]
+    kinds = config.get("layer_types") or by_rule
     if not isinstance(kinds, list):
         raise CheckpointError(f"layer_types is {reprlib.repr(kinds)}; it must be a list")
     for kind in kinds:
-        check_choice("a layer type", kind, (FULL, SLIDING))
-    windows = tuple(window if kind == SLIDING else 0 for kind in kinds)
-    return windows if any(windows) else ()
+        check_choice("a layer type", kind, known)
+    if SLIDING not in kinds:
+        return ()
+    check_int("sliding_window", window, 1, 2**27)
+    return tuple(window if kind == SLIDING else 0 for kind in kinds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distllm.models.family import Family
-from distllm.models.hf_config import read_activation, read_dtype, read_head_dim, refuse, require
+from distllm.models.hf_config import read_activation, read_dtype, read_head_dim, read_windows, refuse, require
 from distllm.models.hf_rope import read_max_positions, read_rope
 from distllm.models.spec import DecoderSpec, NormSpec
 
@@ -17,6 +17,8 @@ def read_llama_like(config: dict[str, Any], family: str, **knobs: Any) -> Decode
     rope = knobs.pop("rope", None) or read_rope(config)
     norm = knobs.pop("norm", None) or NormSpec("rms", require(config, "rms_norm_eps"))
     activation = knobs.pop("activation", None) or read_activation({"hidden_act": "silu", **config})
+    if "windows" not in knobs:
+        knobs["windows"] = read_windows(config, None, lambda layer: False)
     biases = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
     return DecoderSpec(
         family=family,

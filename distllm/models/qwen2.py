@@ -14,7 +14,7 @@ from distllm.models.spec import DecoderSpec
 def read_upper_windows(config: dict[str, Any]) -> tuple[int, ...]:
     """sliding_window counts only with use_sliding_window, and from layer max_window_layers on."""
     if not config.get("use_sliding_window"):
-        return ()
+        return read_windows(config, None, lambda layer: False)
     first = require(config, "max_window_layers")
     check_int("max_window_layers", first, 0, 2**12)
     return read_windows(config, config.get("sliding_window"), lambda layer: bool(layer >= first))

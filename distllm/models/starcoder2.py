@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distllm.models.checks import check_choice
 from distllm.models.family import Family
 from distllm.models.hf_config import read_activation, read_windows, refuse, require
 from distllm.models.llama import LLAMA, read_llama_like
@@ -11,7 +12,9 @@ from distllm.models.spec import DecoderSpec, NormSpec
 
 
 def read_config(config: dict[str, Any]) -> DecoderSpec:
-    refuse(config, reads=("sliding_window",))
+    refuse(config, reads=("sliding_window", "norm_type"))
+    check_choice("norm_type", config.get("norm_type", "layer_norm"), ("layer_norm",))
+    check_choice("mlp_type", config.get("mlp_type", "default"), ("default",))
     bias = config.get("use_bias", True)
     return read_llama_like(
         config,
