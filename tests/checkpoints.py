@@ -9,33 +9,43 @@ from typing import Any
 
 import torch
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def make_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> Any:
-    """Save a LlamaForCausalLM with every parameter randomised (gains and biases too); return it, fp32,
-    eval.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return make_model(folder, "llama", seed=seed, **overrides)
 
-    options: dict[str, Any] = {
-        "vocab_size": 131,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+
+def make_model(folder: Path, model_type: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """Save transformers' causal model of that type with every parameter randomised (gains and biases too);
+    return it, fp32, eval.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(options | overrides))).float().eval()
+    config = AutoConfig.for_model(model_type, **(SIZES | overrides))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Wide enough that logits spread and greedy choices are no ties; norm gains stay around 1.
-            parameter.normal_(1.0, 0.2) if "norm" in name else parameter.normal_(0.0, 0.15)
+            parameter.normal_(1.0, 0.2) if is_gain(name) else parameter.normal_(0.0, 0.15)
     model.save_pretrained(folder)
     return model
+
+
+def is_gain(name: str) -> bool:
+    return "norm" in name and name.endswith("weight")
 
 
 @torch.no_grad()

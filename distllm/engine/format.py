@@ -15,12 +15,13 @@ from typing import Any
 
 from distllm.engine.files import read_json
 from distllm.errors import CheckpointError
+from distllm.models.checks import check_choice, check_int
 from distllm.models.shards import check_layout, shard_table
-from distllm.models.spec import DTYPE_BYTES, DTYPES, DecoderSpec, DType, check_choice, check_int
+from distllm.models.spec import DTYPE_BYTES, DTYPES, DecoderSpec, DType
 from distllm.parallel.layout import RankLayout
 
 ENGINE_JSON = "engine.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_RANKS = 4096
 
 

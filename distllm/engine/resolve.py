@@ -8,8 +8,9 @@ from typing import Any
 from distllm.engine.files import inside, read_json
 from distllm.engine.format import ENGINE_JSON, read_index
 from distllm.errors import CheckpointError
+from distllm.models.checks import check_int
 from distllm.models.registry import parse_config
-from distllm.models.spec import DecoderSpec, check_int
+from distllm.models.spec import DecoderSpec
 
 BUNDLED = ("demo", "demo-draft")
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"

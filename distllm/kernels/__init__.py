@@ -48,19 +48,21 @@ def _by_device(reference: Callable[P, R]) -> Callable[P, R]:
     return operation
 
 
+activate = _by_device(activation.activate)
+activate_mul = _by_device(activation.activate_mul)
 add_rms_norm = _by_device(norm.add_rms_norm)
 best_tokens = _by_device(sampling.best_tokens)
 choose_best = _by_device(sampling.choose_best)
 embed = embedding.embed
 gather_batch = _by_device(gather.gather_batch)
+layer_norm = _by_device(norm.layer_norm)
 linear = _by_device(linears.linear)
+linear_activate_mul = _by_device(linears.linear_activate_mul)
 linear_add = _by_device(linears.linear_add)
-linear_silu_mul = _by_device(linears.linear_silu_mul)
 lowest_kept = _by_device(truncation.lowest_kept)
 paged_attention = _by_device(attention.paged_attention)
 rms_norm = _by_device(norm.rms_norm)
 rope_and_cache_kv = _by_device(rope.rope_and_cache_kv)
 rope_cos_sin = _by_device(rope.rope_cos_sin)
 sample_tokens = _by_device(sampling.sample_tokens)
-silu_mul = _by_device(activation.silu_mul)
 token_logprobs = _by_device(logprobs.token_logprobs)

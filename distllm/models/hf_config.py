@@ -8,12 +8,62 @@ rope_parameters {rope_theta, rope_type, …} and dtype. Numbers are bounded by D
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable
 from typing import Any, cast
 
 from distllm.errors import CheckpointError
-from distllm.models.spec import DTYPES, DType, RopeScaling, RopeSpec, check_choice, check_int
+from distllm.models.checks import check_choice, check_int
+from distllm.models.spec import DTYPES, Activation, DType
 
 Config = dict[str, Any]
+
+OFF: tuple[object, ...] = (None, False)
+ONE: tuple[object, ...] = (None, 1, 1.0)
+NONE: tuple[object, ...] = (None,)
+# Keys that change the result in some family, with the values under which they do not.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "alibi": OFF,
+    "attention_bias": OFF,
+    "attention_multiplier": NONE,
+    "attn_logit_softcapping": NONE,
+    "clip_qkv": NONE,
+    "embedding_multiplier": ONE,
+    "final_logit_softcapping": NONE,
+    "logit_scale": ONE,
+    "logits_scaling": ONE,
+    "mlp_bias": OFF,
+    "n_routed_experts": NONE,
+    "no_rope_layers": NONE,
+    "norm_type": NONE,
+    "num_experts": NONE,
+    "num_local_experts": NONE,
+    "parallel_attn": OFF,
+    "position_embedding_type": NONE,
+    "qk_layernorm": OFF,
+    "quantization_config": NONE,
+    "query_pre_attn_scalar": NONE,
+    "residual_multiplier": ONE,
+    "rope_local_base_freq": NONE,
+    "scale_depth": NONE,
+    "scale_emb": ONE,
+    "sliding_window": NONE,
+    "sliding_window_pattern": NONE,
+    "use_bidirectional_attention": OFF,
+    "use_dynamic_ntk": OFF,
+    "use_logn_attn": OFF,
+    "use_parallel_residual": OFF,
+    "use_qk_norm": OFF,
+    "use_sliding_window": OFF,
+}
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def require(config: Config, key: str) -> Any:
@@ -23,10 +73,10 @@ def require(config: Config, key: str) -> Any:
     return config[key]
 
 
-def refuse(config: Config, neutral: dict[str, tuple[object, ...]]) -> None:
-    """Raise if a key that is not implemented has a value with an effect."""
-    for key, harmless in neutral.items():
-        if key in config and config[key] not in harmless:
+def refuse(config: Config, reads: tuple[str, ...] = ()) -> None:
+    """Raise if a key of NEUTRAL that the family does not read has a value with an effect."""
+    for key, harmless in NEUTRAL.items():
+        if key in config and key not in reads and config[key] not in harmless:
             raise CheckpointError(
                 f"{key} {reprlib.repr(config[key])} is not supported; only {', '.join(map(repr, harmless))}"
             )
@@ -36,6 +86,12 @@ def read_dtype(config: Config) -> DType:
     value = config.get("dtype") or config.get("torch_dtype") or "float32"
     check_choice("dtype", value, DTYPES)
     return cast(DType, value)
+
+
+def read_activation(config: Config, key: str = "hidden_act") -> Activation:
+    value = require(config, key)
+    check_choice(key, value, tuple(ACTIVATIONS))
+    return ACTIVATIONS[value]
 
 
 def read_head_dim(config: Config) -> int:
@@ -50,27 +106,20 @@ def read_head_dim(config: Config) -> int:
     return cast(int, hidden // heads)
 
 
-def read_rope(config: Config) -> RopeSpec:
-    """Either dialect; theta defaults to the 10000 of the files that predate the key."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise CheckpointError(f"rope settings {reprlib.repr(rope)} are not supported; one for all layers is")
-    theta: Any = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    refuse(rope, {"partial_rotary_factor": (None, 1, 1.0)})
-    return RopeSpec(theta, _read_scaling(rope))
-
-
-def _read_scaling(rope: Config) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    check_choice("rope type", kind, ("default", "linear", "llama3"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", require(rope, "factor"))
-    return RopeScaling(
-        "llama3",
-        factor=require(rope, "factor"),
-        low_freq_factor=require(rope, "low_freq_factor"),
-        high_freq_factor=require(rope, "high_freq_factor"),
-        original_max_position=require(rope, "original_max_position_embeddings"),
-    )
+def read_windows(config: Config, window: Any, slides: Callable[[int], bool]) -> tuple[int, ...]:
+    """The window of each layer: of those that layer_types names, in files without it of those that `slides`
+    names by number. window: None for none at all.
+    """
+    num_layers = require(config, "num_hidden_layers")
+    check_int("num_layers", num_layers, 1, 2**12)
+    known = (FULL,) if window is None else (FULL, SLIDING)
+    by_rule = [SLIDING if window is not None and slides(n) else FULL for n in range(num_layers)]
+    kinds = config.get("layer_types") or by_rule
+    if not isinstance(kinds, list):
+        raise CheckpointError(f"layer_types is {reprlib.repr(kinds)}; it must be a list")
+    for kind in kinds:
+        check_choice("a layer type", kind, known)
+    if SLIDING not in kinds:
+        return ()
+    check_int("sliding_window", window, 1, 2**27)
+    return tuple(window if kind == SLIDING else 0 for kind in kinds)

@@ -1,37 +1,27 @@
-"""Llama 2, 3, 3.1 and 3.2, and whatever else names its architecture LlamaForCausalLM."""
+"""Llama 2, 3, 3.1 and 3.2, and what the families that grew from it share: its keys and its names."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from distllm.models.family import Family
-from distllm.models.hf_config import read_dtype, read_head_dim, read_rope, refuse, require
-from distllm.models.spec import DecoderSpec
-
-# Keys that would change the result, with the values under which they do not.
-NEUTRAL: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("silu",),
-    "quantization_config": (None,),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "embedding_multiplier": (None, 1, 1.0),
-    "residual_multiplier": (None, 1, 1.0),
-    "attention_multiplier": (None,),
-    "logits_scaling": (None, 1, 1.0),
-    "num_experts": (None,),
-    "num_local_experts": (None,),
-}
+from distllm.models.hf_config import read_activation, read_dtype, read_head_dim, read_windows, refuse, require
+from distllm.models.hf_rope import read_max_positions, read_rope
+from distllm.models.spec import DecoderSpec, NormSpec
 
 
-def read_config(config: dict[str, Any]) -> DecoderSpec:
-    refuse(config, NEUTRAL)
+def read_llama_like(config: dict[str, Any], family: str, **knobs: Any) -> DecoderSpec:
+    """A spec from Llama's keys. knobs: fields of DecoderSpec that the family reads in its own way."""
     num_heads = require(config, "num_attention_heads")
     num_kv_heads = config.get("num_key_value_heads")  # absent in Llama 2 files without grouped queries
-    attention_bias = config.get("attention_bias", False)
+    rope = knobs.pop("rope", None) or read_rope(config)
+    norm = knobs.pop("norm", None) or NormSpec("rms", require(config, "rms_norm_eps"))
+    activation = knobs.pop("activation", None) or read_activation({"hidden_act": "silu", **config})
+    if "windows" not in knobs:
+        knobs["windows"] = read_windows(config, None, lambda layer: False)
+    biases = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
     return DecoderSpec(
-        family="llama",
+        family=family,
         vocab_size=require(config, "vocab_size"),
         hidden_size=require(config, "hidden_size"),
         num_layers=require(config, "num_hidden_layers"),
@@ -39,15 +29,20 @@ def read_config(config: dict[str, Any]) -> DecoderSpec:
         num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
         head_dim=read_head_dim(config),
         intermediate_size=require(config, "intermediate_size"),
-        activation="silu",
-        norm_eps=require(config, "rms_norm_eps"),
-        rope=read_rope(config),
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
-        mlp_bias=config.get("mlp_bias", False),
-        tied_embeddings=config.get("tie_word_embeddings", False),
-        max_position_embeddings=require(config, "max_position_embeddings"),
+        activation=activation,
+        norm=norm,
+        rope=rope,
+        max_position_embeddings=read_max_positions(config, rope),
         dtype=read_dtype(config),
+        **{"tied_embeddings": config.get("tie_word_embeddings", False), **biases, **knobs},
+    )
+
+
+def read_config(config: dict[str, Any]) -> DecoderSpec:
+    refuse(config, reads=("attention_bias", "mlp_bias"))
+    bias = config.get("attention_bias", False)
+    return read_llama_like(
+        config, "llama", qkv_bias=bias, out_bias=bias, mlp_bias=config.get("mlp_bias", False)
     )
 
 

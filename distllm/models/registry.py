@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import reprlib
+from difflib import get_close_matches
 from typing import Any
 
 from distllm.errors import CheckpointError
 from distllm.models.family import Family
+from distllm.models.gemma2 import GEMMA2
+from distllm.models.gemma3 import GEMMA3
 from distllm.models.llama import LLAMA
+from distllm.models.mistral import MISTRAL
+from distllm.models.qwen2 import QWEN2
+from distllm.models.qwen3 import QWEN3
 from distllm.models.spec import DecoderSpec
+from distllm.models.starcoder2 import STARCODER2
 
-FAMILIES = (LLAMA,)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2, GEMMA2, GEMMA3)
+
+# What DecoderSpec cannot say yet, by a part of the architecture's name.
+MISSING = {
+    "Moe": "a mixture of experts",
+    "Mixtral": "a mixture of experts",
+    "Deepseek": "multi-head latent attention",
+    "Mamba": "a state space in place of attention",
+    "ForConditionalGeneration": "inputs other than text",
+    "ForSequenceClassification": "a head that classifies",
+}
 
 
 def find_family(config: dict[str, Any]) -> Family:
@@ -20,7 +38,9 @@ def find_family(config: dict[str, Any]) -> Family:
     for family in FAMILIES:
         if isinstance(architectures, list) and architectures[0] in family.architectures:
             return family
-    raise _unknown(f"architectures {architectures!r}")
+    name = architectures[0] if isinstance(architectures, list) else architectures
+    known = [each for family in FAMILIES for each in family.architectures]
+    raise _unknown(f"architectures {reprlib.repr(architectures)}", str(name), known)
 
 
 def family_named(name: object) -> Family:
@@ -28,7 +48,7 @@ def family_named(name: object) -> Family:
     for family in FAMILIES:
         if family.name == name:
             return family
-    raise _unknown(f"model_type {name!r}")
+    raise _unknown(f"model_type {reprlib.repr(name)}", str(name), [family.name for family in FAMILIES])
 
 
 def parse_config(config: dict[str, Any]) -> DecoderSpec:
@@ -36,6 +56,8 @@ def parse_config(config: dict[str, Any]) -> DecoderSpec:
     return find_family(config).read_config(config)
 
 
-def _unknown(what: str) -> CheckpointError:
-    known = ", ".join(name for family in FAMILIES for name in family.architectures)
-    return CheckpointError(f"{what} is not supported; supported: {known}")
+def _unknown(what: str, name: str, known: list[str]) -> CheckpointError:
+    """In one line, with the nearest name that is supported and what the other would need."""
+    missing = next((f" (it has {knob})" for part, knob in MISSING.items() if part in name), "")
+    nearest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return CheckpointError(f"{what} is not supported{missing}; the nearest that is: {nearest}")

@@ -17,7 +17,7 @@ from distllm.parallel.sharding import (
     column_shards,
     replicated,
     row_shards,
-    split_exact,
+    split_heads,
     split_kv_heads,
     split_layers,
     split_range,
@@ -26,7 +26,7 @@ from distllm.parallel.sharding import (
 )
 
 EMBED = "embed.weight"
-FINAL_NORM = "final_norm.weight"
+POSITIONS = "positions.weight"
 HEAD = "head.weight"
 
 
@@ -34,9 +34,10 @@ def check_layout(spec: DecoderSpec, layout: RankLayout) -> None:
     """Raise LayoutError unless the model can be cut so; the text says which sizes would work."""
     valid = valid_tp_sizes(spec.num_heads, spec.num_kv_heads)
     if layout.tp_size not in valid:
+        sizes = ", ".join(map(str, valid[:16])) + (f", … {valid[-1]}" if len(valid) > 16 else "")
         raise LayoutError(
             f"tp {layout.tp_size} does not fit {spec.num_heads} attention heads and "
-            f"{spec.num_kv_heads} KV heads; tp can be {', '.join(map(str, valid))}"
+            f"{spec.num_kv_heads} KV heads; tp can be {sizes}"
         )
     split_layers(spec.num_layers, layout.pp_size, layout.pp_rank)
 
@@ -48,7 +49,7 @@ def stage_layers(spec: DecoderSpec, layout: RankLayout) -> range:
 
 def local_heads(spec: DecoderSpec, layout: RankLayout) -> Span:
     """[start, stop) of this rank's query heads."""
-    return split_exact(spec.num_heads, layout.tp_size, layout.tp_rank, "num_attention_heads")
+    return split_heads(spec.num_heads, spec.num_kv_heads, layout.tp_size, layout.tp_rank)
 
 
 def local_kv_heads(spec: DecoderSpec, layout: RankLayout) -> Span:
@@ -59,6 +60,16 @@ def local_kv_heads(spec: DecoderSpec, layout: RankLayout) -> Span:
 def head_name(spec: DecoderSpec) -> str:
     """The tensor of the output head: the embedding itself where the two are tied."""
     return EMBED if spec.tied_embeddings else HEAD
+
+
+def layer_linears(spec: DecoderSpec) -> tuple[str, str, str, str]:
+    """The products of a layer, by the names of their shards, in the order in which they run."""
+    return "attn.qkv", "attn.o", "mlp.gate_up" if spec.gated else "mlp.up", "mlp.down"
+
+
+def position_rows(spec: DecoderSpec) -> int:
+    """Rows of the table of learned positions; 0 without one."""
+    return 0 if spec.learned_positions is None else spec.max_position_embeddings + spec.learned_positions
 
 
 def shard_table(spec: DecoderSpec, layout: RankLayout) -> list[TensorShard]:
@@ -79,28 +90,49 @@ def _shards(spec: DecoderSpec, layout: RankLayout) -> Iterator[TensorShard]:
     vocab = (spec.vocab_size, spec.hidden_size, layout.tp_size, layout.tp_rank)
     if layout.is_first_stage:
         yield vocab_shard(EMBED, *vocab)
+    if layout.is_first_stage and position_rows(spec):
+        yield replicated(POSITIONS, position_rows(spec), spec.hidden_size)
+    if layout.is_first_stage and spec.embedding_norm:
+        yield from _norm(spec, "embed_norm")
     for layer in stage_layers(spec, layout):
-        yield from _layer_shards(spec, layout, f"layers.{layer}")
+        yield from _attention_shards(spec, layout, f"layers.{layer}")
+        yield from _mlp_shards(spec, layout, f"layers.{layer}")
     if layout.is_last_stage:
-        yield replicated(FINAL_NORM, spec.hidden_size)
+        yield from _norm(spec, "final_norm")
     if layout.is_last_stage and not (spec.tied_embeddings and layout.is_first_stage):
         yield vocab_shard(head_name(spec), *vocab)
 
 
-def _layer_shards(spec: DecoderSpec, layout: RankLayout, at: str) -> Iterator[TensorShard]:
-    hidden = spec.hidden_size
+def _attention_shards(spec: DecoderSpec, layout: RankLayout, at: str) -> Iterator[TensorShard]:
     q = _rows(local_heads(spec, layout), spec.head_dim)
     kv = _rows(local_kv_heads(spec, layout), spec.head_dim)
-    mlp = split_range(spec.intermediate_size, layout.tp_size, layout.tp_rank)
     qkv = [(f"{at}.attn.q", q), (f"{at}.attn.k", kv), (f"{at}.attn.v", kv)]
-    gate_up = [(f"{at}.mlp.gate", mlp), (f"{at}.mlp.up", mlp)]
+    yield from _norm(spec, f"{at}.attn_norm")
+    yield from column_shards(f"{at}.attn.qkv", qkv, spec.hidden_size, spec.qkv_bias)
+    if spec.qk_norm:
+        yield replicated(f"{at}.attn.q_norm.weight", spec.head_dim)
+        yield replicated(f"{at}.attn.k_norm.weight", spec.head_dim)
+    yield from row_shards(f"{at}.attn.o", q, spec.hidden_size, spec.out_bias)
+    if spec.post_norms:
+        yield from _norm(spec, f"{at}.attn_post_norm")
 
-    yield replicated(f"{at}.attn_norm.weight", hidden)
-    yield from column_shards(f"{at}.attn.qkv", qkv, hidden, spec.qkv_bias)
-    yield from row_shards(f"{at}.attn.o", q, hidden, spec.out_bias)
-    yield replicated(f"{at}.mlp_norm.weight", hidden)
-    yield from column_shards(f"{at}.mlp.gate_up", gate_up, hidden, spec.mlp_bias)
-    yield from row_shards(f"{at}.mlp.down", mlp, hidden, spec.mlp_bias)
+
+def _mlp_shards(spec: DecoderSpec, layout: RankLayout, at: str) -> Iterator[TensorShard]:
+    width = split_range(spec.intermediate_size, layout.tp_size, layout.tp_rank)
+    up = [(f"{at}.mlp.gate", width), (f"{at}.mlp.up", width)] if spec.gated else [(f"{at}.mlp.up", width)]
+    _, _, up_name, down_name = layer_linears(spec)
+    if spec.residual != "parallel_shared":
+        yield from _norm(spec, f"{at}.mlp_norm")
+    yield from column_shards(f"{at}.{up_name}", up, spec.hidden_size, spec.mlp_bias)
+    yield from row_shards(f"{at}.{down_name}", width, spec.hidden_size, spec.mlp_bias)
+    if spec.post_norms:
+        yield from _norm(spec, f"{at}.mlp_post_norm")
+
+
+def _norm(spec: DecoderSpec, name: str) -> Iterator[TensorShard]:
+    yield replicated(f"{name}.weight", spec.hidden_size)
+    if spec.norm.kind == "layer":
+        yield replicated(f"{name}.bias", spec.hidden_size)
 
 
 def _rows(heads: Span, head_dim: int) -> Span:

@@ -6,15 +6,18 @@ the shard table, `distllm plan` and the engine format read it.
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from distllm.errors import CheckpointError
+from distllm.models.checks import check_choice, check_int, check_number
+from distllm.models.rope_spec import MAX_POSITION, RopeSpec
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = get_args(DType)
 DTYPE_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 # Generous for any model known, small enough that a damaged file cannot ask for absurd amounts of memory.
 _INT_LIMITS = {
@@ -25,66 +28,32 @@ _INT_LIMITS = {
     "num_kv_heads": 2**12,
     "head_dim": 2**12,
     "intermediate_size": 2**20,
-    "max_position_embeddings": 2**27,
+    "max_position_embeddings": MAX_POSITION,
 }
-
-
-def check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise CheckpointError(f"{name} is {reprlib.repr(value)}; it must be an integer from {low} to {high}")
-
-
-def check_number(name: str, value: object, low: float, high: float) -> None:
-    """NaN and infinities fail the comparison."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise CheckpointError(
-            f"{name} is {reprlib.repr(value)}; it must be a number from {low:g} to {high:g}"
-        )
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """True is not 1 here."""
-    if not any(value == choice and type(value) is type(choice) for choice in choices):
-        raise CheckpointError(f"{name} is {reprlib.repr(value)}; supported: {', '.join(map(repr, choices))}")
+_FLAGS = (
+    "qkv_bias", "out_bias", "mlp_bias", "tied_embeddings", "gated", "qk_norm", "post_norms", "embedding_norm",
+    "normalized_head",
+)  # fmt: skip
+_SCALES = ("attention_scale", "alibi_scale", "embedding_scale", "logit_scale")
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies change beyond the original window."""
+class NormSpec:
+    """Every norm of the model. rms has a gain, layer a gain and a bias."""
 
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0  # llama3 only, as are the two below
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    kind: Literal["rms", "layer"]
+    eps: float
+    plus_one: bool = False  # the gain is 1 + the stored weight
 
     def __post_init__(self) -> None:
-        check_choice("rope type", self.kind, ("linear", "llama3"))
-        check_number("rope factor", self.factor, 1.0, 1e6)
-        check_number("rope low_freq_factor", self.low_freq_factor, 1e-6, 1e6)
-        check_number("rope high_freq_factor", self.high_freq_factor, 1e-6, 1e6)
-        check_int("rope original_max_position_embeddings", self.original_max_position, 1, 2**27)
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise CheckpointError(
-                f"rope high_freq_factor is {self.high_freq_factor}; it must be above low_freq_factor "
-                f"{self.low_freq_factor}"
-            )
-
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """Rotary embedding over the whole head, halves paired (x[i], x[i + head_dim / 2])."""
-
-    theta: float
-    scaling: RopeScaling | None = None
-
-    def __post_init__(self) -> None:
-        check_number("rope_theta", self.theta, 1.0, 1e12)
+        check_choice("norm", self.kind, ("rms", "layer"))
+        check_number("norm eps", self.eps, 1e-12, 1.0)
+        check_choice("norm plus_one", self.plus_one, (False, True))
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder-only transformer: RMSNorm before attention and MLP, GQA with rope, gated MLP."""
+    """A decoder-only transformer with norms before attention and MLP. Defaults are Llama's."""
 
     family: str
     vocab_size: int
@@ -94,36 +63,83 @@ class DecoderSpec:
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
-    activation: Literal["silu"]
-    norm_eps: float
-    rope: RopeSpec
+    activation: Activation
+    norm: NormSpec
+    rope: RopeSpec | None
     qkv_bias: bool
     out_bias: bool  # of the attention's output projection
     mlp_bias: bool
     tied_embeddings: bool
-    max_position_embeddings: int
+    max_position_embeddings: int  # the longest sequence, in tokens
     dtype: DType  # of the checkpoint
+    gated: bool = True  # MLP: activation(gate) · up, or activation(up)
+    residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"  # parallel: attention and
+    # MLP read the same stream, through a norm each or one that they share
+    post_norms: bool = False  # of what attention and MLP add to the stream
+    embedding_norm: bool = False
+    qk_norm: bool = False  # RMSNorm of each head of q and k, before rope
+    attention_scale: float | None = None  # of q kᵀ; None: 1 / √head_dim
+    attention_softcap: float = 0.0  # 0: none
+    windows: tuple[int, ...] = ()  # tokens that each layer sees, its own included; 0, or (): all
+    window_rope: RopeSpec | None = None  # of the layers with a window, where theirs is another
+    alibi_scale: float | None = None  # of the slopes; None: no alibi
+    learned_positions: int | None = None  # position p is row p + this of a table; None: no table
+    embedding_scale: float = 1.0  # rounded to the weights' dtype
+    normalized_head: bool = False  # the output head's rows have length 1
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0  # 0: none
 
     def __post_init__(self) -> None:
         for name, high in _INT_LIMITS.items():
             check_int(name, getattr(self, name), 1, high)
-        for name in ("qkv_bias", "out_bias", "mlp_bias", "tied_embeddings"):
+        for name in _FLAGS:
             check_choice(name, getattr(self, name), (False, True))
-        check_number("norm_eps", self.norm_eps, 1e-12, 1.0)
-        check_choice("activation", self.activation, ("silu",))
+        for name in _SCALES:
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 1e-6, 1e6)
+        for name in ("attention_softcap", "logit_softcap"):
+            check_number(name, getattr(self, name), 0.0, 1e6)
+        check_choice("activation", self.activation, get_args(Activation))
+        check_choice("residual", self.residual, ("sequential", "parallel", "parallel_shared"))
         check_choice("dtype", self.dtype, DTYPES)
-        if self.head_dim % 2:
-            raise CheckpointError(f"head_dim is {self.head_dim}; rope pairs its halves, so it must be even")
+        self._check_heads()
+        self._check_layers()
+
+    def _check_heads(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly"
             )
+        for rope in (self.rope, self.window_rope):
+            if rope is not None:
+                rope.check_head(self.head_dim)
+
+    def _check_layers(self) -> None:
+        if len(self.windows) not in (0, self.num_layers):
+            raise CheckpointError(f"{len(self.windows)} windows for {self.num_layers} layers")
+        for window in self.windows:
+            check_int("sliding_window", window, 0, MAX_POSITION)
+        if self.learned_positions is not None:
+            check_int("learned_positions", self.learned_positions, 0, 1024)
+        if self.normalized_head and self.tied_embeddings:
+            raise CheckpointError("a normalized head cannot be tied to the embedding, which stays as it is")
+
+    def window(self, layer: int) -> int:
+        """Tokens that this layer sees; 0: all."""
+        return self.windows[layer] if self.windows else 0
+
+    def layer_rope(self, layer: int) -> RopeSpec | None:
+        return self.window_rope if self.window_rope and self.window(layer) else self.rope
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> DecoderSpec:
-        rope = dict(data["rope"])
-        scaling = RopeScaling(**rope["scaling"]) if rope["scaling"] else None
-        return DecoderSpec(**{**data, "rope": RopeSpec(rope["theta"], scaling)})
+        """The spec of to_dict(), also after a way through JSON, which makes lists of tuples."""
+        ropes = {
+            name: None if data[name] is None else RopeSpec.from_dict(data[name])
+            for name in ("rope", "window_rope")
+        }
+        nested = {"norm": NormSpec(**data["norm"]), "windows": tuple(data["windows"]), **ropes}
+        return DecoderSpec(**{**data, **nested})

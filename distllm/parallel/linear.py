@@ -7,26 +7,13 @@ adds to it. Each class says which shard of `sharding.py` it is fed with. Knows n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 
 from distllm.comm.base import TensorComm
-from distllm.kernels import linear, linear_add, linear_silu_mul
-
-
-class Norm(NamedTuple):
-    """An RMSNorm: its gain [hidden_size] and eps."""
-
-    gain: torch.Tensor
-    eps: float
-
-
-class Stream(NamedTuple):
-    """The residual stream, [num_tokens, hidden_size], the same bits on every rank of a stage."""
-
-    hidden: torch.Tensor
-    normed: torch.Tensor | None = None  # as the next norm makes it, where the reduction before did that too
+from distllm.kernels import activate, linear, linear_activate_mul, linear_add
+from distllm.parallel.stream import Norm, RMSNorm, Stream
 
 
 @dataclass(frozen=True)
@@ -39,19 +26,30 @@ class ColumnParallelLinear:
 
     def __call__(self, stream: Stream) -> torch.Tensor:
         """Returns [num_tokens, local_out]. No collective."""
-        if stream.normed is not None:
-            return linear(stream.normed, self.weight, self.bias)
-        return linear(stream.hidden, self.weight, self.bias, norm=self.norm)
+        x, norm = stream.read(self.norm)
+        return linear(x, self.weight, self.bias, norm=norm)
 
 
+@dataclass(frozen=True)
+class ActivatedColumnParallelLinear(ColumnParallelLinear):
+    """activation(y)."""
+
+    activation: str
+
+    def __call__(self, stream: Stream) -> torch.Tensor:
+        return activate(super().__call__(stream), self.activation)
+
+
+@dataclass(frozen=True)
 class GatedColumnParallelLinear(ColumnParallelLinear):
-    """silu(gate) · up of a fused gate and up, each cut for itself."""
+    """activation(gate) · up of a fused gate and up, each cut for itself."""
+
+    activation: str
 
     def __call__(self, stream: Stream) -> torch.Tensor:
         """Returns [num_tokens, local_out / 2]. No collective."""
-        if stream.normed is not None:
-            return linear_silu_mul(stream.normed, self.weight, self.bias)
-        return linear_silu_mul(stream.hidden, self.weight, self.bias, norm=self.norm)
+        x, norm = stream.read(self.norm)
+        return linear_activate_mul(x, self.weight, self.bias, self.activation, norm=norm)
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ class RowParallelLinear:
     weight: torch.Tensor  # [out, local_in]
     bias: torch.Tensor | None  # [out], whole on every rank
     tp: TensorComm
+    post_norm: Norm | None = None  # of what is added
 
     def __call__(self, x: torch.Tensor, stream: Stream, next_norm: Norm | None = None) -> Stream:
         """x: [num_tokens, local_in]. stream.hidden is added to in place. next_norm: what reads the stream
@@ -69,17 +68,32 @@ class RowParallelLinear:
         Collective: one sum of [num_tokens, out] by every rank of tp, in one kernel with the norm where tp
         can.
         """
+        if self.post_norm is not None:
+            return Stream(stream.hidden.add_(self.post_norm(self._product(x))))
         if self.tp.size == 1:
             return Stream(linear_add(x, self.weight, self.bias, stream.hidden))
         partial = linear(x, self.weight)
-        if next_norm is not None and self.bias is None and isinstance(self.tp, FusesNorm):
-            fused = self.tp.try_all_reduce_add_norm(partial, stream.hidden, *next_norm)
+        if self.bias is None and _is_fusible(next_norm, partial) and isinstance(self.tp, FusesNorm):
+            fused = self.tp.try_all_reduce_add_norm(partial, stream.hidden, next_norm.gain, next_norm.eps)
             if fused is not None:
                 normed, hidden = fused
                 return Stream(hidden, normed)
-        hidden = stream.hidden.add_(self.tp.all_reduce(partial))
+        return Stream(stream.hidden.add_(self._sum(partial)))
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tp.size == 1:
+            return linear(x, self.weight, self.bias)
+        return self._sum(linear(x, self.weight))
+
+    def _sum(self, partial: torch.Tensor) -> torch.Tensor:
+        total = self.tp.all_reduce(partial)
         # After the sum: added before it, the bias would count once for each rank.
-        return Stream(hidden if self.bias is None else hidden.add_(self.bias))
+        return total if self.bias is None else total.add_(self.bias)
+
+
+def _is_fusible(norm: Norm | None, x: torch.Tensor) -> TypeGuard[RMSNorm]:
+    """A communicator's kernel norms as RMSNorm does, with a gain of x's dtype."""
+    return isinstance(norm, RMSNorm) and norm.gain.dtype == x.dtype
 
 
 @runtime_checkable

@@ -75,26 +75,37 @@ def split_kv_heads(num_kv_heads: int, tp_size: int, tp_rank: int) -> tuple[int, 
     return head, head + 1
 
 
+def split_heads(num_heads: int, num_kv_heads: int, tp_size: int, tp_rank: int) -> tuple[int, int]:
+    """[start, stop) of this rank's query heads: all that read its KV heads; where several ranks hold one KV
+    head, their parts of the heads that read it, which differ by at most one.
+
+    So 71 heads on one KV head are 9 on each of seven ranks and 8 on the eighth: nothing needs padding.
+    """
+    group = num_heads // num_kv_heads
+    first, last = split_kv_heads(num_kv_heads, tp_size, tp_rank)
+    if num_kv_heads >= tp_size:
+        return first * group, last * group
+    sharing = tp_size // num_kv_heads
+    start, stop = split_range(group, sharing, tp_rank % sharing)
+    return first * group + start, first * group + stop
+
+
 def padded_vocab_rows(vocab_size: int, tp_size: int) -> int:
     """Rows of the vocabulary that each rank holds: the vocabulary rounded up to a multiple of tp, over tp."""
     return -(-vocab_size // tp_size)
 
 
 def valid_tp_sizes(num_heads: int, num_kv_heads: int) -> list[int]:
-    """Every tp by which the heads divide, with KV heads cut or replicated evenly."""
-    return [
-        tp
-        for tp in range(1, num_heads + 1)
-        if num_heads % tp == 0 and (num_kv_heads % tp == 0 or tp % num_kv_heads == 0)
-    ]
+    """Every tp that cuts or replicates the KV heads evenly and leaves each rank a query head."""
+    return [tp for tp in range(1, num_heads + 1) if num_kv_heads % tp == 0 or tp % num_kv_heads == 0]
 
 
 Span = tuple[int, int]  # [start, stop) of one slot's rows or columns
 
 
-def replicated(name: str, size: int) -> TensorShard:
-    """A vector that every rank holds whole (norm gains)."""
-    return TensorShard(name, (size,), (Piece(name, 0, 0, size, 0),))
+def replicated(name: str, *shape: int) -> TensorShard:
+    """A tensor that every rank holds whole (norm gains)."""
+    return TensorShard(name, shape, (Piece(name, 0, 0, shape[0], 0),))
 
 
 def column_shards(

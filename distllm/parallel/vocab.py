@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from distllm.comm.base import TensorComm
 from distllm.kernels import best_tokens, choose_best, embed, linear
-from distllm.parallel.linear import Norm
+from distllm.parallel.stream import Norm, Stream
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class VocabParallelEmbedding:
 
     weight: torch.Tensor
     tp: TensorComm
+    scale: float = 1.0  # of every row
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids: [num_tokens] int. Returns [num_tokens, hidden_size] on every rank.
@@ -25,6 +26,10 @@ class VocabParallelEmbedding:
         Collective: one all_reduce by every rank of tp. Each row has one addend that is not zero, so the sum
         is exact.
         """
+        rows = self._rows(token_ids)
+        return rows if self.scale == 1.0 else rows.mul_(self.scale)
+
+    def _rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
             return F.embedding(token_ids, self.weight)
         first_row = self.tp.rank * self.weight.shape[0]
@@ -41,10 +46,16 @@ class VocabParallelHead:
     norm: Norm
     vocab_size: int  # without padding
     tp: TensorComm
+    scale: float = 1.0  # of the logits
+    softcap: float = 0.0  # c: logits become c · tanh(logits / c), after the scale; 0: they stay
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [num_rows, hidden_size]. Returns this rank's logits, [num_rows, rows], in its dtype."""
-        return linear(hidden, self.weight, norm=self.norm)
+        x, norm = Stream(hidden).read(self.norm)
+        logits = linear(x, self.weight, norm=norm)
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        return logits.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else logits
 
     def gather(self, shard: torch.Tensor) -> torch.Tensor:
         """The logits of all ranks, [num_rows, vocab_size]. shard: of __call__.

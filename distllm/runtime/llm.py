@@ -211,7 +211,7 @@ class LLM:
         self.spec, self.device, self.dtype = spec, device, dtype
         shards = shard_table(spec, self.layout)
         weights = agree(control, lambda: load_weights(source, shards, dtype, device, self._progress))
-        decoder = Decoder(spec, self.layout, weights, self._channels.tp)
+        decoder = Decoder(spec, self.layout, weights, self._channels.tp, config.context_len)
         block_bytes = math.prod(decoder.kv_cache_shape(1, config.block_size)) * dtype.itemsize
         num_blocks = kv_block_count(config, spec, block_bytes, control, device)
         kv_shape = decoder.kv_cache_shape(num_blocks + 1, config.block_size)  # one for padding rows

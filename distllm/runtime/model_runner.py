@@ -153,7 +153,7 @@ class ModelRunner:
         )
         tables.advance(slots, batch.seq_lens)
         if hidden is None:
-            hidden = self._decoder.embed(tables.token_ids[token_slots, batch.positions])
+            hidden = self._decoder.embed(tables.token_ids[token_slots, batch.positions], batch.positions)
         return batch, self._decoder.forward(hidden, batch, self._kv_cache)
 
     def _prompt(

@@ -229,8 +229,8 @@ def test_rope_and_cache(
     batch, num_blocks = make_batch(Rows([0, 5, 9], [3, 1, 4]), 4)
     qkv = randn(8, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     frequencies = randn(rotary_dim // 2)
-    cos_sin = triton_rope.rope_cos_sin(frequencies, batch.positions)
-    close(cos_sin, rope.rope_cos_sin(frequencies, batch.positions), torch.float32)
+    cos_sin = triton_rope.rope_cos_sin(frequencies, batch.positions, 1.2)
+    close(cos_sin, rope.rope_cos_sin(frequencies, batch.positions, 1.2), torch.float32)
     caches = [torch.zeros(2, num_blocks, 4, kv_heads, head_dim, dtype=dtype, device=DEVICE) for _ in range(2)]
     gain_dtype = torch.float32 if norm == "wide norm" else dtype
     gains = randn(head_dim, dtype=gain_dtype), randn(head_dim, dtype=gain_dtype)

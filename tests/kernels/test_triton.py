@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distllm.kernels.reference import activation, gather, norm, sampling
+from distllm.kernels.reference import linear as linears
 from distllm.kernels.triton import activation as triton_activation
 from distllm.kernels.triton import gather as triton_gather
 from distllm.kernels.triton import linear as triton_linear
@@ -37,11 +38,46 @@ def test_norm(dtype: torch.dtype, tokens: int, width: int) -> None:
     close(got[1], want[1], dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_norm_keeps_gains_in_fp32(dtype: torch.dtype) -> None:
+    x, weight = randn(7, 100, dtype=dtype), randn(100)
+    found = triton_norm.rms_norm(x, weight, 1e-5)
+    close(found, norm.rms_norm(x, weight, 1e-5), dtype)
+    exact = norm.rms_norm(x.float(), weight, 1e-5)
+    narrow = triton_norm.rms_norm(x, weight.to(dtype), 1e-5)
+    assert (found - exact).abs().mean() < 0.8 * (narrow - exact).abs().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (3, 100), (7, 4096), (2, 5)])
+def test_layer_norm(dtype: torch.dtype, tokens: int, width: int) -> None:
+    x, weight, bias = randn(tokens, width) + 3, randn(width, dtype=dtype), randn(width, dtype=dtype)
+    args = (x.to(dtype), weight, bias, 1e-5)
+    close(triton_norm.layer_norm(*args), norm.layer_norm(*args), dtype)
+
+
+@pytest.mark.parametrize("name", activation.FUNCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (5, 100), (2, 3000)])
-def test_silu_mul(dtype: torch.dtype, tokens: int, width: int) -> None:
-    gate_up = randn(tokens, 2 * width, dtype=dtype)
-    close(triton_activation.silu_mul(gate_up), activation.silu_mul(gate_up), dtype)
+def test_activations(dtype: torch.dtype, tokens: int, width: int, name: str) -> None:
+    x = randn(tokens, 2 * width, dtype=dtype) * 2
+    close(triton_activation.activate(x, name), activation.activate(x, name), dtype)
+    close(triton_activation.activate_mul(x, name), activation.activate_mul(x, name), dtype)
+
+
+@pytest.mark.parametrize("name", activation.FUNCTIONS)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_linear_activate_mul(tokens: int, has_norm: bool, name: str) -> None:
+    """One token takes SiLU's own kernel, and no other activation may."""
+    x, weight, bias = randn(tokens, 40), randn(14, 40) * 0.3, randn(14)
+    args = (x, weight, bias, name)
+    gain = (randn(40), 1e-5) if has_norm else None
+    close(
+        triton_linear.linear_activate_mul(*args, norm=gain),
+        linears.linear_activate_mul(*args, norm=gain),
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,7 +90,7 @@ def test_gemv(dtype: torch.dtype, rows: int, width: int, normed: bool, gated: bo
     bias = randn(weight.shape[0], dtype=dtype)
     wide = norm.rms_norm(x.float(), gain.float(), 1e-5) if normed else x.float()
     want = wide @ weight.float().T + bias.float()
-    want = (activation.silu_mul(want) if gated else want) + residual.float()
+    want = (activation.activate_mul(want, "silu") if gated else want) + residual.float()
     got = triton_linear.gemv(
         x, weight, bias, norm=(gain, 1e-5) if normed else None, gated=gated, residual=residual.clone()
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from distllm.kernels.reference.activation import silu_mul
+from distllm.kernels.reference.activation import activate_mul
 from distllm.kernels.reference.norm import rms_norm
 
 
@@ -27,15 +27,16 @@ def linear(
     return F.linear(x if norm is None else rms_norm(x, *norm), weight, bias)
 
 
-def linear_silu_mul(
+def linear_activate_mul(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | None,
+    activation: str,
     *,
     norm: tuple[torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    """silu(gate) · up of linear(), whose first half of rows is gate. Returns [num_tokens, rows / 2]."""
-    return silu_mul(linear(x, weight, bias, norm=norm))
+    """activation(gate) · up of linear(), whose first half of rows is gate. Returns [num_tokens, rows / 2]."""
+    return activate_mul(linear(x, weight, bias, norm=norm), activation)
 
 
 def linear_add(

@@ -12,13 +12,13 @@ from distllm.kernels.batch import TokenBatch
 QKNorm = tuple[torch.Tensor, torch.Tensor, float]  # gains of q and of k, [head_dim] each; eps
 
 
-def rope_cos_sin(frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def rope_cos_sin(frequencies: torch.Tensor, positions: torch.Tensor, multiplier: float = 1.0) -> torch.Tensor:
     """Cosines, then sines, of each token: [num_tokens, rotary_dim] fp32, for rotary_dim / 2 frequencies.
 
-    positions: [num_tokens] int64.
+    positions: [num_tokens] int64. multiplier: of both (yarn and longrope stretch q and k by it).
     """
     angles = positions[:, None].float() * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * multiplier
 
 
 def rope_and_cache_kv(

@@ -1,4 +1,4 @@
-"""The gate of a gated MLP: one pass over both halves."""
+"""Activations of an MLP, plain or as the gate of another half: one pass."""
 
 from __future__ import annotations
 
@@ -12,22 +12,48 @@ BLOCK, NUM_WARPS = 2048, 8
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, width, BLOCK: tl.constexpr):
+def _activation(x, KIND: tl.constexpr):
+    """x: fp32."""
+    if KIND == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "gelu_tanh":
+        # 1 + tanh(u) = 2 · sigmoid(2u)
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        tl.static_assert(KIND == "relu")
+        return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def _activation_kernel(x, out, width, KIND: tl.constexpr, GATES: tl.constexpr, BLOCK: tl.constexpr):
+    """With GATES a row of x holds width gates, then what they gate."""
     wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
     dtype = out.dtype.element_ty
-    gated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(out + row * width + columns, (gated * up).to(dtype), mask=inside)
+    x += row * width * (2 if GATES else 1)
+    y = _activation(tl.load(x + columns, mask=inside, other=0.0).to(tl.float32), KIND)
+    if GATES:
+        up = tl.load(x + width + columns, mask=inside, other=0.0).to(tl.float32)
+        y = y.to(dtype).to(tl.float32) * up
+    tl.store(out + row * width + columns, y.to(dtype), mask=inside)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(num_tokens, width)
+def _launch(x: torch.Tensor, width: int, activation: str) -> torch.Tensor:
+    out = x.new_empty(x.shape[0], width)
     block = min(BLOCK, triton.next_power_of_2(width))
-    grid = (num_tokens, triton.cdiv(width, block))
-    _silu_mul_kernel[grid](gate_up, out, width, block, num_warps=NUM_WARPS, **OVERLAP)
+    grid = (x.shape[0], triton.cdiv(width, block))
+    gates = width != x.shape[1]
+    _activation_kernel[grid](x, out, width, activation, gates, block, num_warps=NUM_WARPS, **OVERLAP)
     return out
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    return _launch(x, x.shape[1], activation)
+
+
+def activate_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    return _launch(gate_up, gate_up.shape[1] // 2, activation)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from distllm.kernels.triton.activation import silu_mul
+from distllm.kernels.triton.activation import activate_mul
 from distllm.kernels.triton.gated_linear import try_gated_linear
 from distllm.kernels.triton.launch import OVERLAP, wait_for_inputs
 from distllm.kernels.triton.norm import rms_norm
@@ -119,18 +119,22 @@ def linear(
     return F.linear(x if norm is None else rms_norm(x, *norm), weight, bias)
 
 
-def linear_silu_mul(
+def linear_activate_mul(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | None,
+    activation: str,
     *,
     norm: tuple[torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
-    if x.shape[0] == 1:
+    if activation == "silu" and x.shape[0] == 1:
         return gemv(x, weight, bias, norm=norm, gated=True)
-    normed = x if norm is None else rms_norm(x, *norm)
-    fused = try_gated_linear(normed, weight) if bias is None else None
-    return silu_mul(F.linear(normed, weight, bias)) if fused is None else fused
+    if activation == "silu" and bias is None:
+        x, norm = (x if norm is None else rms_norm(x, *norm)), None
+        fused = try_gated_linear(x, weight)
+        if fused is not None:
+            return fused
+    return activate_mul(linear(x, weight, bias, norm=norm), activation)
 
 
 def linear_add(

@@ -89,22 +89,23 @@ def _store(q_out, keys, values, columns, x, inside, is_q, turns):
 
 
 @triton.jit
-def _cos_sin_kernel(frequencies, positions, out, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _cos_sin_kernel(frequencies, positions, out, multiplier, HALF: tl.constexpr, BLOCK: tl.constexpr):
     wait_for_inputs()
     token, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = pairs < HALF
     angle = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + pairs, mask=inside, other=0.0)
-    tl.store(out + token * 2 * HALF + pairs, tl.cos(angle), mask=inside)
-    tl.store(out + token * 2 * HALF + HALF + pairs, tl.sin(angle), mask=inside)
+    tl.store(out + token * 2 * HALF + pairs, tl.cos(angle) * multiplier, mask=inside)
+    tl.store(out + token * 2 * HALF + HALF + pairs, tl.sin(angle) * multiplier, mask=inside)
 
 
-def rope_cos_sin(frequencies: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def rope_cos_sin(frequencies: torch.Tensor, positions: torch.Tensor, multiplier: float = 1.0) -> torch.Tensor:
     half = len(frequencies)
     out = torch.empty(len(positions), 2 * half, dtype=torch.float32, device=positions.device)
     if half:
         _cos_sin_kernel[(len(positions),)](
-            frequencies, positions, out, half, triton.next_power_of_2(half), num_warps=1, **OVERLAP
-        )
+            frequencies, positions, out, float(multiplier), half, triton.next_power_of_2(half), num_warps=1,
+            **OVERLAP,
+        )  # fmt: skip
     return out
 
 

@@ -14,7 +14,7 @@ import torch
 from distllm import kernels
 from distllm.kernels.batch import TokenBatch
 from distllm.models.rope import rope_frequencies
-from distllm.models.shards import EMBED, local_heads, local_kv_heads, shard_table
+from distllm.models.shards import EMBED, layer_linears, local_heads, local_kv_heads, shard_table
 from distllm.models.spec import DecoderSpec
 from distllm.ops.bench.timing import Call
 from distllm.parallel.layout import RankLayout
@@ -64,15 +64,15 @@ class StepCases:
     def _layer(self, num_rows: int, tokens_per_row: int, seq_len: int) -> Iterator[Case]:
         n = num_rows * tokens_per_row
         yield self._embed(n)
-        yield self._rms_norm(n)
-        yield self._add_rms_norm(n)
-        yield self._weight("attn.qkv", n)
+        yield from self._norms(n)
+        qkv, out, up, down = layer_linears(self._spec)
+        yield self._weight(qkv, n)
         yield self._rope(num_rows, tokens_per_row)
         yield self._attention(num_rows, tokens_per_row, seq_len)
-        yield self._weight("attn.o", n)
-        yield self._weight("mlp.gate_up", n)
-        yield self._silu_mul(n)
-        yield self._weight("mlp.down", n)
+        yield self._weight(out, n)
+        yield self._weight(up, n)
+        yield self._activation(n)
+        yield self._weight(down, n)
 
     @cached_property
     def _embedding(self) -> torch.Tensor:
@@ -88,12 +88,28 @@ class StepCases:
 
         return self._case("embed", f"{n} of {_size(shape)}", 2 * n * shape[1], make)
 
+    def _norms(self, n: int) -> Iterator[Case]:
+        if self._spec.norm.kind == "layer":
+            yield self._layer_norm(n)
+        else:
+            yield self._rms_norm(n)
+            yield self._add_rms_norm(n)
+
+    def _layer_norm(self, n: int) -> Case:
+        shape = (n, self._spec.hidden_size)
+
+        def make() -> Call:
+            x, gain, bias = self._random(*shape), self._random(shape[1]), self._random(shape[1])
+            return lambda: kernels.layer_norm(x, gain, bias, self._spec.norm.eps)
+
+        return self._case("layer_norm", _size(shape), 2 * n * shape[1], make)
+
     def _rms_norm(self, n: int) -> Case:
         shape = (n, self._spec.hidden_size)
 
         def make() -> Call:
             x, gain = self._random(*shape), self._random(shape[1])
-            return lambda: kernels.rms_norm(x, gain, self._spec.norm_eps)
+            return lambda: kernels.rms_norm(x, gain, self._spec.norm.eps)
 
         return self._case("rms_norm", _size(shape), 2 * n * shape[1], make)
 
@@ -102,7 +118,7 @@ class StepCases:
 
         def make() -> Call:
             x, residual, gain = self._random(*shape), self._random(*shape), self._random(shape[1])
-            return lambda: kernels.add_rms_norm(x, residual, gain, self._spec.norm_eps)
+            return lambda: kernels.add_rms_norm(x, residual, gain, self._spec.norm.eps)
 
         return self._case("add_rms_norm", _size(shape), 4 * n * shape[1], make)
 
@@ -131,7 +147,7 @@ class StepCases:
             qkv, batch = self._random(n, width), self._batch(num_rows, tokens_per_row, tokens_per_row)
             cache = self._kv_cache_layer(num_rows, tokens_per_row)
             cos_sin = kernels.rope_cos_sin(
-                rope_frequencies(self._spec.rope, head_dim).to(self._device), batch.positions
+                rope_frequencies(self._spec.rope, head_dim, tokens_per_row).to(self._device), batch.positions
             )
             return lambda: kernels.rope_and_cache_kv(qkv, cos_sin, batch, cache, *heads)
 
@@ -154,14 +170,17 @@ class StepCases:
         shape = f"{num_rows} × {tokens_per_row} of {seq_len}"
         return self._case("paged_attention", shape, num_values, make, 4 * pairs * self._num_heads * head_dim)
 
-    def _silu_mul(self, n: int) -> Case:
-        shape = (n, self._shapes["layers.0.mlp.gate_up.weight"][0])
+    def _activation(self, n: int) -> Case:
+        spec = self._spec
+        width = self._shapes[f"layers.0.{layer_linears(spec)[2]}.weight"][0]
+        operation = kernels.activate_mul if spec.gated else kernels.activate
 
         def make() -> Call:
-            gate_up = self._random(*shape)
-            return lambda: kernels.silu_mul(gate_up)
+            x = self._random(n, width)
+            return lambda: operation(x, spec.activation)
 
-        return self._case("silu_mul", _size(shape), n * shape[1] * 3 // 2, make)
+        num_values = n * width * 3 // 2 if spec.gated else 2 * n * width
+        return self._case("activation", _size((n, width)), num_values, make)
 
     def _gather(self, num_rows: int, context_len: int) -> Case:
         table = self._block_table(num_rows, context_len)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from distllm.models.shards import stage_layers
+from distllm.models.shards import layer_linears, stage_layers
 from distllm.models.spec import DecoderSpec
 from distllm.ops.bench.floors import Ceilings
 from distllm.ops.bench.kernel_cases import Case
 from distllm.parallel.layout import RankLayout
 
-LAYER_LINEARS = ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
 LINEAR = "linear"
 
 # The first pattern that a kernel's whole name contains; operations as in kernel_cases.
@@ -23,7 +22,8 @@ PATTERNS = (
     (r"gemv|gemm|nvjet|xmma|cutlass|^_gated_kernel|^aten::linear$", LINEAR),
     (r"^_decode_kernel|^_prefill_kernel|attention", "paged_attention"),
     (r"^_rms_norm_kernel", "rms_norm"),
-    (r"^_silu_mul_kernel", "silu_mul"),
+    (r"^_layer_norm_kernel", "layer_norm"),
+    (r"^_activation_kernel", "activation"),
     (r"^_rope_kernel", "rope_and_cache_kv"),
     (r"^_gather_kernel", "gather_batch"),
     (r"^_best_of_piece_kernel", "sample_tokens"),
@@ -34,7 +34,7 @@ PATTERNS = (
 def stage_linears(spec: DecoderSpec, layout: RankLayout) -> list[str]:
     """The linears of a step of this stage, in the order in which they run."""
     head = ["head"] if layout.is_last_stage else []
-    return [*LAYER_LINEARS * len(stage_layers(spec, layout)), *head]
+    return [*layer_linears(spec) * len(stage_layers(spec, layout)), *head]
 
 
 def operations(kernels: Sequence[str], linears: Sequence[str]) -> list[str]:

@@ -15,7 +15,8 @@ from distllm.cli.plan import format_bytes, print_description, rank_span
 from distllm.cli.progress import show_progress
 from distllm.cli.tables import print_table
 from distllm.engine.describe import describe
-from distllm.models.spec import DecoderSpec, RopeSpec
+from distllm.models.rope_spec import RopeSpec
+from distllm.models.spec import DecoderSpec, NormSpec
 from distllm.runtime.outputs import CompletionOutput, RequestOutput
 
 SPEC = DecoderSpec(
@@ -28,7 +29,7 @@ SPEC = DecoderSpec(
     head_dim=128,
     intermediate_size=14336,
     activation="silu",
-    norm_eps=1e-5,
+    norm=NormSpec("rms", 1e-5),
     rope=RopeSpec(500000.0),
     qkv_bias=False,
     out_bias=False,

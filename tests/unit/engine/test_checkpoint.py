@@ -225,7 +225,7 @@ BAD = {
     "deep": (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json is not valid JSON"),
     "architecture": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(architectures=["OPTForCausalLM"])),
-        "OPTForCausalLM.*not supported; supported: LlamaForCausalLM",
+        "OPTForCausalLM.*not supported; the nearest that is: ",
     ),
     "index without map": (not_a_map, "has no weight_map"),
     "index lacks a tensor": (a_tensor_less_in_the_index, "lists no tensor model.norm.weight"),

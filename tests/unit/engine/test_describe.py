@@ -54,7 +54,7 @@ def test_bytes_are_those_of_the_loaded_tensors(llama: Path, tp_size: int, pp_siz
         assert sum(line.count for line in rank.shards) == len(weights)
         if tp_size == 1:
             tp = LocalControl().split(0, 0)
-            shape = Decoder(source.spec, layout, weights, tp).kv_cache_shape(num_blocks=1, block_size=1)
+            shape = Decoder(source.spec, layout, weights, tp, 8).kv_cache_shape(num_blocks=1, block_size=1)
             assert rank.kv_bytes_per_token == 2 * torch.Size(shape).numel()
 
 
@@ -64,5 +64,5 @@ def test_kv_heads_are_replicated_beyond_their_number() -> None:
 
 
 def test_refused_layout() -> None:
-    with pytest.raises(LayoutError, match="tp can be 1, 2, 4, 8, 16, 32"):
+    with pytest.raises(LayoutError, match="tp can be 1, 2, 4, 8, 16, 24, 32"):
         describe(parse_config(LLAMA_3_1_8B), 3, 1)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
-from distllm.kernels import add_rms_norm, embed, paged_attention, rms_norm, rope_and_cache_kv, silu_mul
+from distllm.kernels import (
+    activate,
+    activate_mul,
+    add_rms_norm,
+    embed,
+    layer_norm,
+    paged_attention,
+    rms_norm,
+    rope_and_cache_kv,
+)
 from distllm.kernels.batch import TokenBatch
 
 SIZES = [(1, 2), (3, 7), (17, 96), (0, 5)]
@@ -51,12 +63,40 @@ def test_rms_norm_of_bfloat16_averages_in_fp32() -> None:
     assert abs(float(found[0, 1]) - wanted) < 0.004 * wanted
 
 
+def test_fp32_gains_of_a_bfloat16_norm_are_not_rounded() -> None:
+    """1.001 is 1 in bf16: such gains belong to 1 + w, and count before the one rounding at the end."""
+    x, gain = torch.randn(40, 64).bfloat16(), torch.full((64,), 1.001) + torch.rand(64) * 0.02
+    wanted = numpy_rms_norm(fp64(x), fp64(gain), 1e-6)
+    found = rms_norm(x, gain, 1e-6)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, torch.from_numpy(wanted).float().bfloat16())
+
+
 @pytest.mark.parametrize(("rows", "width"), SIZES)
-def test_silu_mul(rows: int, width: int) -> None:
+def test_layer_norm(rows: int, width: int) -> None:
+    torch.manual_seed(width)
+    x, weight, bias = torch.randn(rows, width) * 3 + 5, torch.randn(width), torch.randn(width)
+    wide = fp64(x) - fp64(x).mean(-1, keepdims=True)
+    wanted = numpy_rms_norm(wide, fp64(weight), 0.01) + fp64(bias)
+    np.testing.assert_allclose(layer_norm(x, weight, bias, 0.01).numpy(), wanted, atol=1e-5)
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "width"), SIZES)
+def test_activations(rows: int, width: int, name: str) -> None:
     torch.manual_seed(width)
     x = torch.randn(rows, 2 * width) * 4
     gate, up = fp64(x)[:, :width], fp64(x)[:, width:]
-    np.testing.assert_allclose(silu_mul(x).numpy(), gate / (1 + np.exp(-gate)) * up, atol=1e-5)
+    np.testing.assert_allclose(activate(x, name).numpy(), ACTIVATIONS[name](fp64(x)), atol=1e-5)
+    np.testing.assert_allclose(activate_mul(x, name).numpy(), ACTIVATIONS[name](gate) * up, atol=2e-5)
 
 
 def test_embed_gives_zero_for_the_ids_of_other_ranks() -> None:

@@ -12,6 +12,7 @@ from distllm.comm.base import Channels
 from distllm.comm.connect import open_channels
 from distllm.comm.local import LocalControl, run_ranks
 from distllm.engine import load_weights, open_source
+from distllm.engine.source import WeightSource
 from distllm.kernels.batch import TokenBatch
 from distllm.models.decoder import Decoder
 from distllm.models.shards import shard_table
@@ -72,14 +73,18 @@ def make_batch(step: Step, tables: torch.Tensor) -> TokenBatch:
 
 
 def run_layout(
-    folder: Path, grid: RankLayout, texts: list[list[int]], seed: int = 0, dtype: torch.dtype = torch.float32
+    model: Path | WeightSource,
+    grid: RankLayout,
+    texts: list[list[int]],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
     """Logits of every token of every text, [len(text), vocab_size] each, from the last stage's last rank."""
     cpu = torch.device("cpu")
 
     def rank(control: LocalControl) -> list[torch.Tensor]:
         layout = grid.at(control.rank)
-        return run_rank(open_channels(control, layout, cpu), folder, layout, texts, seed, dtype, cpu)
+        return run_rank(open_channels(control, layout, cpu), model, layout, texts, seed, dtype, cpu)
 
     return run_ranks(grid.world_size, rank)[-1]
 
@@ -87,7 +92,7 @@ def run_layout(
 @torch.inference_mode()
 def run_rank(
     channels: Channels,
-    folder: Path,
+    model: Path | WeightSource,
     layout: RankLayout,
     texts: list[list[int]],
     seed: int,
@@ -97,18 +102,17 @@ def run_rank(
     """What run_layout returns, fp32 on the host; zeros on the earlier stages. Collective."""
     rng, lengths = random.Random(seed), [len(text) for text in texts]
     steps, tables = random_steps(lengths, rng), shuffled_tables(lengths, rng)
-    source = open_source(folder)
+    source = open_source(model) if isinstance(model, Path) else model
     spec = source.spec
-    decoder = Decoder(
-        spec, layout, load_weights(source, shard_table(spec, layout), dtype, device), channels.tp
-    )
+    weights = load_weights(source, shard_table(spec, layout), dtype, device)
+    decoder = Decoder(spec, layout, weights, channels.tp, max(lengths))
     kv_cache = torch.zeros(decoder.kv_cache_shape(tables.numel(), BLOCK_SIZE), dtype=dtype, device=device)
     out = [torch.zeros(len(text), spec.vocab_size) for text in texts]
     for step in steps:
         batch = _on_device(make_batch(step, tables), device)
         if layout.is_first_stage:
             ids = [token for row, start, stop in step.rows for token in texts[row][start:stop]]
-            hidden = decoder.embed(torch.tensor(ids, device=device))
+            hidden = decoder.embed(torch.tensor(ids, device=device), batch.positions)
         else:
             hidden = kv_cache.new_empty(len(batch.positions), spec.hidden_size)
             channels.pipe.recv(hidden, layout.pp_rank - 1)

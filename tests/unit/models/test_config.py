@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from distllm.errors import CheckpointError
 from distllm.models.registry import family_named, parse_config
+from distllm.models.rope_spec import LinearScaling, Llama3Scaling, RopeSpec
 from distllm.models.shards import slot_shapes
-from distllm.models.spec import DecoderSpec, RopeScaling, RopeSpec
+from distllm.models.spec import DecoderSpec, NormSpec
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -20,6 +21,14 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+
+
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0] * 32,
+    "long_factor": [2.0] * 32,
+    "original_max_position_embeddings": 4096,
 }
 
 
@@ -60,8 +69,8 @@ def test_llama_3_2() -> None:
         head_dim=64,
         intermediate_size=8192,
         activation="silu",
-        norm_eps=1e-5,
-        rope=RopeSpec(500000.0, RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)),
+        norm=NormSpec("rms", 1e-5),
+        rope=RopeSpec(500000.0, Llama3Scaling(32.0, 1.0, 4.0, 8192)),
         qkv_bias=False,
         out_bias=False,
         mlp_bias=False,
@@ -89,7 +98,12 @@ def test_both_dialects_mean_the_same() -> None:
         ({"head_dim": ...}, "head_dim", 64),
         ({"head_dim": 128}, "head_dim", 128),
         ({"rope_scaling": None, "rope_theta": ...}, "rope", RopeSpec(10000.0)),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope", RopeSpec(5e5, RopeScaling("linear", 2))),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope", RopeSpec(5e5, LinearScaling(2))),
+        ({"partial_rotary_factor": 0.5, "rope_scaling": None}, "rope", RopeSpec(5e5, rotary_dim=32)),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "max_position_embeddings", 262144),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "max_position_embeddings", 262144),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "max_position_embeddings", 131072),
+        ({"rope_scaling": LONGROPE}, "max_position_embeddings", 131072),
         ({"tie_word_embeddings": ...}, "tied_embeddings", False),
         ({"torch_dtype": ...}, "dtype", "float32"),
         ({"attention_bias": True}, "out_bias", True),
@@ -104,25 +118,28 @@ def test_read(changes: dict[str, Any], field: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"architectures": ["FalconForCausalLM"]}, r"FalconForCausalLM.*supported: LlamaForCausalLM"),
+        ({"architectures": ["Llama7ForCausalLM"]}, r"Llama7ForCausalLM.*nearest that is: LlamaForCausalLM"),
         ({"architectures": "LlamaForCausalLM"}, "architectures"),
         ({"architectures": None, "model_type": None}, "model_type None"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "mixture of experts.*nearest that is: Qwen3ForCausalLM"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"sliding_window": 4096}, "sliding_window 4096"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "'yarn'; supported: 'default', 'linear', 'llama3'",
-        ),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+        ({"partial_rotary_factor": 2.5}, "partial_rotary_factor is 2.5"),
+        ({"partial_rotary_factor": 0.01}, "rotary_dim is 0"),
+        ({"rope_scaling": {"type": "spiral", "factor": 4.0}}, "'spiral'; supported: 'default', 'linear'"),
+        ({"rope_scaling": {"type": "yarn"}}, "factor is missing"),
+        ({"rope_scaling": {"type": "dynamic", "factor": True}}, "factor is True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "twist": 3}}, "rope setting 'twist'"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "1 longrope factors for 32 pairs"),
+        ({"rope_scaling": LONGROPE | {"long_factor": 3}}, "must be lists"),
+        ({"rope_scaling": LONGROPE | {"long_factor": ["x"] * 32}}, "long_factor is 'x'"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5"),
         ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor is nan"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor is 1.0"),
         ({"rope_scaling": {"full_attention": LLAMA3}}, "one for all layers"),
         ({"rope_scaling": [1]}, "rope settings"),
-        ({"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25"),
         ({"rope_theta": "big"}, "rope_theta is 'big'"),
         ({"rope_theta": 0.0}, "rope_theta is 0.0"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
@@ -142,7 +159,7 @@ def test_read(changes: dict[str, Any], field: str, value: object) -> None:
         ({"num_hidden_layers": 10**9}, "num_layers is 1000000000"),
         ({"num_hidden_layers": 16.0}, "num_layers is 16.0"),
         ({"rms_norm_eps": ...}, "rms_norm_eps is missing"),
-        ({"rms_norm_eps": 0}, "norm_eps is 0"),
+        ({"rms_norm_eps": 0}, "norm eps is 0"),
         ({"mlp_bias": 1}, "mlp_bias is 1"),
         ({"attention_bias": None}, "qkv_bias is None"),
     ],

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 
 from distllm.errors import LayoutError
+from distllm.models.rope_spec import RopeSpec
 from distllm.models.shards import check_layout, shard_table, slot_shapes, stage_layers
-from distllm.models.spec import DecoderSpec, RopeSpec
+from distllm.models.spec import DecoderSpec, NormSpec
 from distllm.parallel.layout import RankLayout
 
 
@@ -24,7 +25,7 @@ def spec(**changes: object) -> DecoderSpec:
         "head_dim": 4,
         "intermediate_size": 31,
         "activation": "silu",
-        "norm_eps": 1e-5,
+        "norm": NormSpec("rms", 1e-5),
         "rope": RopeSpec(1e4),
         "qkv_bias": True,
         "out_bias": True,
@@ -107,7 +108,7 @@ def test_cut_ranks_hold_their_share() -> None:
 @pytest.mark.parametrize(
     ("tp_size", "pp_size", "text"),
     [
-        (2, 1, r"tp 2 does not fit 12 attention heads and 3 KV heads; tp can be 1, 3, 6, 12"),
+        (2, 1, r"tp 2 does not fit 12 attention heads and 3 KV heads; tp can be 1, 3, 6, 9, 12"),
         (5, 1, "tp 5 does not fit"),
         (24, 1, "tp 24 does not fit"),
         (1, 6, "pp 6 is more than the model's 5 layers; use -pp 5 or less"),

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distllm.models.spec import DecoderSpec, RopeSpec
+from distllm.models.rope_spec import RopeSpec
+from distllm.models.spec import DecoderSpec, NormSpec
 from distllm.ops.bench.floors import Ceilings
 from distllm.ops.bench.kernel_cases import Case, StepCases
 from distllm.ops.bench.kernels import run_case
@@ -23,7 +24,7 @@ SPEC = DecoderSpec(
     head_dim=6,
     intermediate_size=40,
     activation="silu",
-    norm_eps=1e-5,
+    norm=NormSpec("rms", 1e-5),
     rope=RopeSpec(10000.0),
     qkv_bias=False,
     out_bias=False,
@@ -59,7 +60,7 @@ def test_bytes_and_flop_by_hand() -> None:
     assert linear.num_bytes == 4 * (80 * 24 + 3 * (24 + 80))
     assert linear.num_flop == 2 * 3 * 24 * 80
     assert decode["add_rms_norm"].num_bytes == 4 * 4 * 3 * 24
-    assert decode["silu_mul"].num_bytes == 4 * 3 * 3 * 40
+    assert decode["activation"].num_bytes == 4 * 3 * 3 * 40
     assert decode["sample_tokens"].num_bytes == 4 * 3 * 50
     assert cases(tp=2)["linear mlp.down"].num_flop == linear.num_flop // 4
     assert cases(dtype=torch.bfloat16)["linear head"].num_bytes == 2 * (50 * 24 + 3 * (24 + 50))

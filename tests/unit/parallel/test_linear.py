@@ -14,11 +14,10 @@ from distllm.kernels import add_rms_norm, sample_tokens
 from distllm.parallel.linear import (
     ColumnParallelLinear,
     GatedColumnParallelLinear,
-    Norm,
     RowParallelLinear,
-    Stream,
 )
 from distllm.parallel.sharding import padded_vocab_rows, split_range
+from distllm.parallel.stream import RMSNorm, Stream
 from distllm.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 
 SIZES = [1, 2, 3, 4]
@@ -53,7 +52,7 @@ def test_column_then_row(size: int, bias: bool) -> None:
     def rank(tp: TensorComm) -> torch.Tensor:
         start, stop = split_range(11, tp.size, tp.rank)
         cut_bias = None if up_bias is None else up_bias[start:stop]
-        column = ColumnParallelLinear(up[start:stop], cut_bias, Norm(gain, 1e-5))
+        column = ColumnParallelLinear(up[start:stop], cut_bias, RMSNorm(gain, 1e-5))
         stream = Stream(x.clone())
         return RowParallelLinear(down[:, start:stop], down_bias, tp)(column(stream), stream).hidden
 
@@ -68,7 +67,7 @@ def test_gated_column_reads_what_is_normed_already() -> None:
     """silu(gate) · up in fp64; a stream that brings its normed form is not normed again."""
     x, gain, weight, bias = torch.randn(5, 6), torch.randn(6), torch.randn(8, 6), torch.randn(8)
     gate, up = F.linear(normed(x, gain), weight.double(), bias.double()).chunk(2, -1)
-    column = GatedColumnParallelLinear(weight, bias, Norm(gain, 1e-5))
+    column = GatedColumnParallelLinear(weight, bias, RMSNorm(gain, 1e-5), "silu")
     for stream in (Stream(x), Stream(torch.full_like(x, torch.nan), normed(x, gain).float())):
         torch.testing.assert_close(column(stream).double(), F.silu(gate) * up, atol=1e-5, rtol=1e-5)
 
@@ -91,7 +90,7 @@ def test_vocabulary_ends(size: int, vocab_size: int) -> None:
     narrow, gain = weight.bfloat16(), torch.randn(4, dtype=torch.bfloat16)
 
     def gathered(tp: TensorComm) -> torch.Tensor:
-        head = VocabParallelHead(padded(narrow, tp), Norm(gain, 1e-5), vocab_size, tp)
+        head = VocabParallelHead(padded(narrow, tp), RMSNorm(gain, 1e-5), vocab_size, tp)
         return head.gather(head(hidden))
 
     logits = on_ranks(size, gathered)
@@ -109,7 +108,7 @@ def test_tokens_are_chosen_where_their_logits_lie(size: int, vocab_size: int) ->
     weight *= -1  # so that what pads the vocabulary, logits of 0, would often be best
     temperature, seed, positions = torch.linspace(0, 2, 40), torch.arange(40), torch.arange(40) * 7
     temperature[:10] = 0
-    norm = Norm(torch.ones(4), 1e-5)
+    norm = RMSNorm(torch.ones(4), 1e-5)
 
     def chosen(tp: TensorComm) -> torch.Tensor:
         head = VocabParallelHead(padded(weight, tp), norm, vocab_size, tp)
@@ -152,7 +151,7 @@ def test_row_fuses_the_next_norm_where_it_can(out: int, bias: bool) -> None:
     )
 
     row = RowParallelLinear(weight, offset, Fusing())  # type: ignore[arg-type]
-    stream = row(x, Stream(residual.clone()), Norm(gain, 1e-5))
+    stream = row(x, Stream(residual.clone()), RMSNorm(gain, 1e-5))
     torch.testing.assert_close(stream.hidden.double(), total, atol=1e-5, rtol=1e-5)
     assert (stream.normed is not None) == (not bias and out % 2 == 0)
     if stream.normed is not None:

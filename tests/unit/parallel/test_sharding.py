@@ -12,6 +12,7 @@ from distllm.parallel.sharding import (
     padded_vocab_rows,
     row_shards,
     split_exact,
+    split_heads,
     split_kv_heads,
     split_layers,
     split_range,
@@ -30,24 +31,35 @@ def test_split_range_covers_once_and_evenly(total: int, parts: int) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 64), st.integers(1, 16))
+@given(st.integers(1, 12), st.integers(1, 80))
 def test_every_query_head_meets_its_kv_head(num_kv_heads: int, group: int) -> None:
     """On every rank of every valid tp: query head h reads KV head h // group, by its local number too."""
     num_heads = num_kv_heads * group
-    for tp_size in valid_tp_sizes(num_heads, num_kv_heads):
+    for tp_size in valid_tp_sizes(num_heads, num_kv_heads)[:20]:
+        every, sizes = [], set()
         for rank in range(tp_size):
-            first, last = split_exact(num_heads, tp_size, rank, "heads")
+            first, last = split_heads(num_heads, num_kv_heads, tp_size, rank)
             kv_first, kv_last = split_kv_heads(num_kv_heads, tp_size, rank)
-            local_group = (last - first) // (kv_last - kv_first)
+            local_group, rest = divmod(last - first, kv_last - kv_first)
+            assert rest == 0 and local_group > 0
             for head in range(first, last):
                 assert kv_first + (head - first) // local_group == head // group
+            every += range(first, last)
+            sizes.add(last - first)
+        assert every == list(range(num_heads)) and max(sizes) - min(sizes) <= 1
 
 
 def test_valid_tp_sizes() -> None:
-    assert valid_tp_sizes(32, 8) == [1, 2, 4, 8, 16, 32]
-    assert valid_tp_sizes(71, 1) == [1, 71]
+    assert valid_tp_sizes(32, 8) == [1, 2, 4, 8, 16, 24, 32]
+    assert valid_tp_sizes(71, 1) == list(range(1, 72))
     assert valid_tp_sizes(6, 3) == [1, 3, 6]
-    assert valid_tp_sizes(12, 4) == [1, 2, 4, 12]
+    assert valid_tp_sizes(12, 4) == [1, 2, 4, 8, 12]
+
+
+def test_falcon_7b() -> None:
+    """71 heads, a prime, on one KV head."""
+    spans = [split_heads(71, 1, 8, rank) for rank in range(8)]
+    assert [last - first for first, last in spans] == [9] * 7 + [8]
 
 
 @settings(deadline=None, max_examples=60)

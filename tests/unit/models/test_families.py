@@ -1,0 +1,206 @@
+"""Each family against its transformers class, fp32: logits under both dialects of config.json, ropes beyond
+their original window, greedy tokens over layouts, in chunks and from an engine.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distllm import LLM, SamplingParams
+from distllm.comm.local import LocalControl, run_ranks
+from distllm.engine import build_engine, open_source, read_spec
+from distllm.errors import CheckpointError
+from distllm.models.registry import FAMILIES, family_named, parse_config
+from distllm.models.shards import slot_shapes
+from distllm.parallel.layout import RankLayout
+from tests.checkpoints import greedy_reference, make_llama, make_model
+from tests.unit.models.family_cases import CASES, SIZES
+from tests.unit.models.stepping import run_layout
+
+TOLERANCE = 2e-4
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
+LENGTHS = (1, 5, 40, 23)  # some shorter than the window of 8, some longer
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    root = tmp_path_factory.mktemp("families")
+    made = {}
+    for number, (name, case) in enumerate(CASES.items()):
+        folder = root / str(number)
+        made[name] = folder, make_model(folder, case.model_type, seed=number, **(SIZES | case.options))
+    return made
+
+
+def with_hub_config(folder: Path, to: Path, name: str) -> Path:
+    """The same weights under the other config.json."""
+    to.mkdir()
+    shutil.copy(folder / "model.safetensors", to)
+    (to / "config.json").write_text(json.dumps(CASES[name].hub_config()))
+    return to
+
+
+def max_error(folder: Path, model: Any, layout: RankLayout, lengths: tuple[int, ...] = LENGTHS) -> float:
+    rng = random.Random(layout.world_size)
+    texts = [[rng.randrange(model.config.vocab_size) for _ in range(length)] for length in lengths]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([text])).logits[0] for text in texts]
+    found = run_layout(folder, layout, texts, seed=layout.world_size)
+    return max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, name: str) -> None:
+    folder, model = checkpoints[name]
+    assert max_error(folder, model, RankLayout()) <= TOLERANCE
+    hub = with_hub_config(folder, tmp_path / "hub", name)
+    assert read_spec(hub) == read_spec(folder)
+    assert max_error(hub, model, RankLayout(2, 2)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_tensor_has_its_slot(checkpoints: dict[str, tuple[Path, Any]], name: str) -> None:
+    folder, model = checkpoints[name]
+    spec = read_spec(folder)
+    found = {family_named(spec.family).tensor_name(slot): shape for slot, shape in slot_shapes(spec).items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if spec.tied_embeddings:
+        del stored["lm_head.weight"]
+    assert found == stored
+
+
+PROMPT_LENGTHS = (3, 19, 30)
+NUM_TOKENS = 16
+
+
+def greedy(folder: Path, layout: tuple[int, int], prompts: list[list[int]]) -> list[list[int]]:
+    """In chunks of at most 7 tokens."""
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    tp, pp = layout
+
+    def run(control: LocalControl) -> list[Any]:
+        options: dict[str, Any] = {"max_num_batched_tokens": 7, "block_size": 4, "max_model_len": 64}
+        with LLM(
+            str(folder), tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=control, **options
+        ) as llm:
+            return llm.generate(prompts, params)  # type: ignore[arg-type]
+
+    return [list(output.outputs[0].token_ids) for output in run_ranks(tp * pp, run, timeout_s=60)[0]]
+
+
+GREEDY: dict[str, list[tuple[int, int]]] = {
+    "mistral, window": [(4, 1)],
+    "qwen2, window on": LAYOUTS,
+    "qwen3": [(2, 2)],
+    "starcoder2": [(4, 1)],
+    "gemma2": LAYOUTS,
+    "gemma3": [(2, 2)],
+}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_tokens(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, name: str) -> None:
+    """Two KV heads on four ranks among the layouts; and from an engine read under another one."""
+    folder, model = checkpoints[name]
+    rng = random.Random(3)
+    prompts = [[rng.randrange(3, 67) for _ in range(length)] for length in PROMPT_LENGTHS]
+    expected = [greedy_reference(model, prompt, NUM_TOKENS) for prompt in prompts]
+    for layout in GREEDY[name]:
+        assert greedy(folder, layout, prompts) == expected, layout
+
+    def build(control: LocalControl) -> None:
+        build_engine(open_source(folder), tmp_path / "engine", 2, 2, "float32", control)
+
+    run_ranks(2, build)
+    assert greedy(tmp_path / "engine", (1, 1), prompts) == expected
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0},
+    "yarn, all keys": {
+        "rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False,
+        "mscale": 1.3, "mscale_all_dim": 0.4,
+    },
+    "yarn, factor of attention": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.7},
+    "longrope": {
+        "rope_type": "longrope", "factor": 4.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    },
+}  # fmt: skip
+ORIGINAL = 24
+
+
+@pytest.mark.parametrize("length", [20, 70], ids=["within", "beyond"])
+@pytest.mark.parametrize("name", ROPES)
+def test_ropes_within_and_beyond_the_original_window(tmp_path: Path, name: str, length: int) -> None:
+    """The engine's max_model_len is the length of this text."""
+    rope = ROPES[name] | {"rope_theta": 1e4}
+    if name != "linear":
+        rope["original_max_position_embeddings"] = ORIGINAL
+    options = SIZES | {"num_hidden_layers": 2, "head_dim": 12, "rope_parameters": rope}
+    model = make_llama(tmp_path, **(options | {"max_position_embeddings": 4 * ORIGINAL}))
+    assert max_error(tmp_path, model, RankLayout(), (length,)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("length", [20, 70], ids=["within", "beyond"])
+def test_dynamic_rope_is_that_of_the_longest_sequence(tmp_path: Path, length: int) -> None:
+    rope = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}
+    options = SIZES | {"num_hidden_layers": 2, "rope_parameters": rope, "max_position_embeddings": ORIGINAL}
+    model = make_llama(tmp_path, **options)
+    assert read_spec(tmp_path).max_position_embeddings == 3 * ORIGINAL
+    assert max_error(tmp_path, model, RankLayout(), (length,)) <= TOLERANCE
+
+
+def test_partial_rotary(tmp_path: Path) -> None:
+    """Within the rope settings, as newer files have it."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    spec = parse_config(CASES["qwen3"].hub_config() | {"rope_scaling": rope})
+    assert spec.rope is not None and spec.rope.rotary_dim == 6
+
+
+def test_names_are_one_family_s_own() -> None:
+    names = [family.name for family in FAMILIES] + [a for family in FAMILIES for a in family.architectures]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "text"),
+    [
+        ("mistral, none", {"attention_bias": True}, "attention_bias True is not supported"),
+        ("mistral, none", {"sliding_window": 0}, "sliding_window is 0"),
+        ("qwen2, window on", {"max_window_layers": None}, "max_window_layers is missing"),
+        ("qwen2, window on", {"layer_types": ["linear_attention"] * 3}, "layer type is 'linear_attention'"),
+        ("qwen2, window on", {"layer_types": ["sliding_attention"]}, "1 windows for 3 layers"),
+        ("qwen3", {"num_experts": 8}, "num_experts 8 is not supported"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer type is 'sliding_attention'"),
+        ("starcoder2", {"norm_type": "rms_norm"}, "norm_type is 'rms_norm'; supported: 'layer_norm'"),
+        ("starcoder2", {"use_bias": "yes"}, "qkv_bias is 'yes'"),
+        ("starcoder2", {"mlp_type": "gated"}, "mlp_type is 'gated'; supported: 'default'"),
+        ("gemma2", {"query_pre_attn_scalar": "x"}, "query_pre_attn_scalar is 'x'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ("gemma3", {"rope_local_base_freq": "low"}, "rope_theta is 'low'"),
+    ],
+)
+def test_refused(name: str, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(CheckpointError, match=text) as caught:
+        parse_config(CASES[name].hub_config() | changes)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_released_defaults() -> None:
+    """What files leave out is what the first release of the family had."""
+    config = replace(CASES["mistral, none"], hub=CASES["mistral, none"].hub | {"sliding_window": ...})
+    assert parse_config(config.hub_config()).windows == (4096,) * 3
+    assert parse_config(CASES["starcoder2"].hub_config()).tied_embeddings
+    assert parse_config(CASES["gemma2"].hub_config()).tied_embeddings
