@@ -17,6 +17,7 @@ from distllm.kernels.reference import (
     activation,
     attention,
     embedding,
+    experts,
     gather,
     logprobs,
     norm,
@@ -54,6 +55,7 @@ add_rms_norm = _by_device(norm.add_rms_norm)
 best_tokens = _by_device(sampling.best_tokens)
 choose_best = _by_device(sampling.choose_best)
 embed = embedding.embed
+expert_mlp = _by_device(experts.expert_mlp)
 gather_batch = _by_device(gather.gather_batch)
 layer_norm = _by_device(norm.layer_norm)
 linear = _by_device(linears.linear)
@@ -64,5 +66,6 @@ paged_attention = _by_device(attention.paged_attention)
 rms_norm = _by_device(norm.rms_norm)
 rope_and_cache_kv = _by_device(rope.rope_and_cache_kv)
 rope_cos_sin = _by_device(rope.rope_cos_sin)
+route = experts.route
 sample_tokens = _by_device(sampling.sample_tokens)
 token_logprobs = _by_device(logprobs.token_logprobs)
