@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from distllm import LLM, SamplingParams
+from distllm import LLM, SamplingParams, kernels
 from distllm.comm.connect import open_control
 from distllm.comm.devices import select_device
-from distllm.kernels import triton as kernels
+from distllm.kernels import triton as triton_kernels
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1031, "hidden_size": 200,
@@ -75,6 +75,15 @@ def run_engines(engines: Iterable[Engine]) -> None:
                 llm.generate(prompts[0], PARAMS[0])
 
 
+def run_alone() -> None:
+    """Kernels that none of these engines needs."""
+    x, gain = torch.randn(21, 203, device="cuda"), torch.ones(203, device="cuda")
+    kernels.layer_norm(x, gain, gain, 1e-5)
+    shares, experts = kernels.route(x[:, :5], 2, renormalize=True)
+    gate_up, down = torch.randn(5, 2 * 37, 203, device="cuda"), torch.randn(5, 203, 37, device="cuda")
+    kernels.expert_mlp(x, gate_up, down, shares, experts)
+
+
 def run_triton() -> None:
     """The engine, and a check that it has launched every kernel that there is."""
     launched: set[str] = set()
@@ -86,6 +95,7 @@ def run_triton() -> None:
 
     JITFunction.run = recording
     run_engines(ENGINES)
+    run_alone()
     missed = all_kernels() - launched
     assert not missed, f"{sorted(missed)} did not run: add a request that needs them"
     print(f"{len(launched)} Triton kernels ran", flush=True)
@@ -96,7 +106,8 @@ def run_fp32() -> None:
 
 
 def all_kernels() -> set[str]:
-    names = [f"{kernels.__name__}.{module.name}" for module in pkgutil.iter_modules(kernels.__path__)]
+    package = triton_kernels
+    names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
     values = [value for name in names for value in vars(importlib.import_module(name)).values()]
     functions = {value.fn.__name__ for value in values if isinstance(value, JITFunction)}
     return {name for name in functions if name.endswith("_kernel")}  # the others are called by these
