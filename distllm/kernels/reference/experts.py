@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from distllm.kernels.reference.activation import silu_mul
+from distllm.kernels.reference.activation import activate_mul
 
 
 def route(router_logits: torch.Tensor, top_k: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,6 +32,6 @@ def expert_mlp(
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in experts.unique().tolist():
         tokens, place = (experts == expert).nonzero(as_tuple=True)
-        inner = silu_mul(x[tokens] @ gate_up[expert].T)
+        inner = activate_mul(x[tokens] @ gate_up[expert].T, "silu")
         out.index_add_(0, tokens, (inner @ down[expert].T).float() * shares[tokens, place, None])
     return out.to(x.dtype)
