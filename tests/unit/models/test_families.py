@@ -144,7 +144,7 @@ ORIGINAL = 24
 @pytest.mark.parametrize("name", ROPES)
 def test_ropes_within_and_beyond_the_original_window(tmp_path: Path, name: str, length: int) -> None:
     """The engine's max_model_len is the length of this text."""
-    rope = ROPES[name] | {"rope_theta": 1e4}
+    rope = ROPES[name] | {"rope_theta": 100.0}  # low: few pairs are all fast or all slow
     if name != "linear":
         rope["original_max_position_embeddings"] = ORIGINAL
     options = SIZES | {"num_hidden_layers": 2, "head_dim": 12, "rope_parameters": rope}
