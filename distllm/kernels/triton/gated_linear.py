@@ -2,7 +2,7 @@
 
 A tile is some tokens × some gate columns and the same up columns: the product that cuBLAS would write and
 another kernel read again, twice as wide as the result, never reaches memory. Persistent programs, tiles
-fetched by the tensor memory accelerator. Where it beats cuBLAS followed by silu_mul: docs/gpu.md.
+fetched by the tensor memory accelerator. Where it beats cuBLAS followed by activate_mul: docs/gpu.md.
 """
 
 from __future__ import annotations
