@@ -1,4 +1,6 @@
-"""Llama checkpoints of odd and real shapes, what transformers makes of them, and how far off one may be."""
+"""Checkpoints of every family, of odd and real shapes, what transformers makes of them, and how far off one
+may be.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import make_llama
+from tests.checkpoints import make_model
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -27,7 +29,8 @@ BASE: dict[str, Any] = {
     "vocab_size": 1031,
     "max_position_embeddings": 512,
 }
-VARIANTS: dict[str, dict[str, Any]] = {
+WINDOW = 48  # shorter than the two longest texts
+VARIANTS: dict[str, dict[str, Any]] = {  # Llama where there is no model_type
     "gqa-64": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
     "mha-128": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128},
     "llama3-128": {
@@ -58,6 +61,50 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "mistral-128": {
+        "model_type": "mistral",
+        "num_attention_heads": 4,
+        "head_dim": 128,
+        "sliding_window": WINDOW,
+    },
+    "qwen2-64": {
+        "model_type": "qwen2",
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+        "hidden_size": 448,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+    },
+    "qwen3-128": {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
+    "starcoder2-128": {
+        "model_type": "starcoder2",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 512,
+        "sliding_window": WINDOW,
+    },
+    "gemma2-256": {
+        "model_type": "gemma2",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": WINDOW,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3-256": {
+        "model_type": "gemma3_text",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": True,
+    },
 }
 SEED = 5
 # Run as whole prompts, chunks and decode steps (stepping.random_steps). The longest is split when it decodes.
@@ -81,14 +128,18 @@ def texts(vocab_size: int = BASE["vocab_size"]) -> list[list[int]]:
 @torch.no_grad()
 def logits_of(folder: Path, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     """Loaded in this dtype, not cast to it: a cast would round the rope frequencies too."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    # eager: the others leave softcaps out
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model = model.to(device).eval()
     return [model(torch.tensor([text], device=device)).logits[0].double().cpu() for text in texts()]
 
 
 def make_case(folder: Path, name: str, device: torch.device) -> Case:
-    make_llama(folder, seed=len(name), **(BASE | VARIANTS[name])).bfloat16().save_pretrained(folder)
+    options = {"model_type": "llama", **BASE, **VARIANTS[name]}
+    model = make_model(folder, options.pop("model_type"), seed=len(name), **options)
+    model.bfloat16().save_pretrained(folder)
     theirs = {dtype: logits_of(folder, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
     return Case(folder, logits_of(folder, torch.float64, device), theirs)
 

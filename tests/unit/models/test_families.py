@@ -4,6 +4,7 @@ their original window, greedy tokens over layouts, in chunks and from an engine.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -16,10 +17,11 @@ import torch
 
 from distllm import LLM, SamplingParams
 from distllm.comm.local import LocalControl, run_ranks
-from distllm.engine import build_engine, open_source, read_spec
+from distllm.engine import build_engine, load_weights, open_source, read_spec
 from distllm.errors import CheckpointError
+from distllm.models.decoder import Decoder
 from distllm.models.registry import FAMILIES, family_named, parse_config
-from distllm.models.shards import slot_shapes
+from distllm.models.shards import shard_table, slot_shapes
 from distllm.parallel.layout import RankLayout
 from tests.checkpoints import greedy_reference, make_llama, make_model
 from tests.unit.models.family_cases import CASES, SIZES
@@ -144,7 +146,7 @@ ORIGINAL = 24
 @pytest.mark.parametrize("name", ROPES)
 def test_ropes_within_and_beyond_the_original_window(tmp_path: Path, name: str, length: int) -> None:
     """The engine's max_model_len is the length of this text."""
-    rope = ROPES[name] | {"rope_theta": 1e4}
+    rope = ROPES[name] | {"rope_theta": 100.0}  # low: few pairs are all fast or all slow
     if name != "linear":
         rope["original_max_position_embeddings"] = ORIGINAL
     options = SIZES | {"num_hidden_layers": 2, "head_dim": 12, "rope_parameters": rope}
@@ -166,6 +168,17 @@ def test_partial_rotary(tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     spec = parse_config(CASES["qwen3"].hub_config() | {"rope_scaling": rope})
     assert spec.rope is not None and spec.rope.rotary_dim == 6
+
+
+def test_embeddings_are_scaled_as_in_transformers(checkpoints: dict[str, tuple[Path, Any]]) -> None:
+    """In bf16, bit for bit: √32 is rounded to 5.65625 before it multiplies."""
+    folder, model = checkpoints["gemma2"]
+    source, layout, ids = open_source(folder), RankLayout(), torch.arange(67)
+    weights = load_weights(source, shard_table(source.spec, layout), torch.bfloat16, torch.device("cpu"))
+    decoder = Decoder(source.spec, layout, weights, LocalControl().split(0, 0), 64)
+    with torch.no_grad():
+        wanted = copy.deepcopy(model.model.embed_tokens).bfloat16()(ids)
+    assert torch.equal(decoder.embed(ids, ids), wanted)
 
 
 def test_names_are_one_family_s_own() -> None:

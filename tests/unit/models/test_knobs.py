@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from distllm.comm.local import LocalComm
 from distllm.engine.source import Block
 from distllm.errors import CheckpointError
+from distllm.kernels import add_rms_norm
 from distllm.models.rope_spec import (
     DynamicScaling,
     LinearScaling,
@@ -129,6 +131,23 @@ def test_together(seed: int) -> None:
     spec = replace(BASE, **changes)
     tp_sizes = [tp for tp in valid_tp_sizes(spec.num_heads, spec.num_kv_heads) if tp <= 6]
     assert error(spec, RankLayout(rng.choice(tp_sizes), rng.choice([1, 2])), seed) <= 1e-4
+
+
+@pytest.mark.parametrize("residual", ["sequential", "parallel", "parallel_shared"])
+def test_norms_that_the_sum_over_ranks_brings_along(monkeypatch: pytest.MonkeyPatch, residual: Any) -> None:
+    """On GPUs one kernel sums and norms: each reader must get its own norm of it, plain or with 1 + w."""
+
+    def fused(
+        self: LocalComm, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(eps)
+        return add_rms_norm(self.all_reduce(x), residual, weight, eps)
+
+    calls: list[float] = []
+    monkeypatch.setattr(LocalComm, "try_all_reduce_add_norm", fused, raising=False)
+    for changes in KNOBS["norm"][0], {}:
+        assert error(replace(BASE, residual=residual, **changes), RankLayout(2), 5) <= 1e-4
+    assert calls
 
 
 @pytest.mark.parametrize(

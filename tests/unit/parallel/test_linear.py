@@ -17,7 +17,7 @@ from distllm.parallel.linear import (
     RowParallelLinear,
 )
 from distllm.parallel.sharding import padded_vocab_rows, split_range
-from distllm.parallel.stream import RMSNorm, Stream
+from distllm.parallel.stream import LayerNorm, RMSNorm, Stream
 from distllm.parallel.vocab import VocabParallelEmbedding, VocabParallelHead
 
 SIZES = [1, 2, 3, 4]
@@ -156,3 +156,32 @@ def test_row_fuses_the_next_norm_where_it_can(out: int, bias: bool) -> None:
     assert (stream.normed is not None) == (not bias and out % 2 == 0)
     if stream.normed is not None:
         torch.testing.assert_close(stream.normed.double(), normed(total, gain), atol=1e-5, rtol=1e-5)
+
+
+def test_row_leaves_to_others_what_a_kernel_cannot_norm() -> None:
+    """A gain in fp32 behind a stream in bf16, and a LayerNorm: summed alone, normed by whoever reads."""
+    x, weight, residual = (torch.randn(shape).bfloat16() for shape in ((5, 11), (6, 11), (5, 6)))
+    row = RowParallelLinear(weight, None, Fusing())  # type: ignore[arg-type]
+    gain, bias = torch.randn(6), torch.randn(6)
+    for norm in (RMSNorm(gain, 1e-5), LayerNorm(gain.bfloat16(), bias.bfloat16(), 1e-5)):
+        stream = row(x, Stream(residual.clone()), norm)
+        assert stream.normed is None
+        read, left = stream.read(norm)
+        assert left is norm if isinstance(norm, RMSNorm) else torch.equal(read, norm(stream.hidden))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_row_norms_what_it_adds(size: int, bias: bool) -> None:
+    """The whole sum with its bias, not each rank's part; the residual stays outside of the norm."""
+    x, weight, residual, gain = torch.randn(5, 11), torch.randn(6, 11), torch.randn(5, 6), torch.randn(6)
+    offset = torch.randn(6) if bias else None
+
+    def rank(tp: TensorComm) -> torch.Tensor:
+        start, stop = split_range(11, tp.size, tp.rank)
+        row = RowParallelLinear(weight[:, start:stop], offset, tp, RMSNorm(gain, 1e-5))
+        return row(x[:, start:stop], Stream(residual.clone())).hidden
+
+    added = F.linear(x.double(), weight.double(), offset if offset is None else offset.double())
+    for found in on_ranks(size, rank):
+        torch.testing.assert_close(found.double(), residual + normed(added, gain), atol=1e-5, rtol=1e-5)
