@@ -233,7 +233,7 @@ BAD = {
     "file of index missing": (lambda f: use_index(f, "gone.safetensors"), "gone.safetensors"),
     "index leads up": (lambda f: use_index(f, "../elsewhere.safetensors"), "outside the folder"),
     "index is absolute": (lambda f: use_index(f, "/etc/passwd"), "outside the folder"),
-    "index names no file": (lambda f: use_index(f, 7), "7 is not a file name"),  # type: ignore[arg-type]
+    "index names no file": (lambda f: use_index(f, 7), "is in 7: no file name"),  # type: ignore[arg-type]
     "link leads out": (link_out, "outside the folder"),
 }
 
