@@ -14,7 +14,7 @@ import torch
 
 from distllm.engine.dtypes import torch_dtype
 from distllm.engine.extents import DiskTensor, Extent, read_extents
-from distllm.engine.files import inside, read_json
+from distllm.engine.files import inside, read_json, shown
 from distllm.engine.header import TAGS, Entry, read_header
 from distllm.engine.resolve import read_spec
 from distllm.engine.source import Block
@@ -97,9 +97,12 @@ def _checked(file: Path, name: str, header: dict[str, Entry], shape: tuple[int, 
         raise CheckpointError(f"{file} has no tensor {name}")
     entry, where = header[name], f"{file}: {name}"
     if entry.shape != shape:
-        raise CheckpointError(f"{where} has shape {list(entry.shape)}; config.json asks for {list(shape)}")
+        found = reprlib.repr(list(entry.shape))
+        raise CheckpointError(f"{where} has shape {found}; config.json asks for {list(shape)}")
     if entry.tag not in DTYPE_OF_TAG:
-        raise CheckpointError(f"{where} is stored as {entry.tag}; supported: {', '.join(DTYPE_OF_TAG)}")
+        raise CheckpointError(
+            f"{where} is stored as {shown(entry.tag)}; supported: {', '.join(DTYPE_OF_TAG)}"
+        )
     dtype = DTYPE_OF_TAG[entry.tag]
     size, needed = entry.stop - entry.start, math.prod(shape) * DTYPE_BYTES[dtype]
     if size != needed:
@@ -119,7 +122,7 @@ def _list_tensors(path: Path) -> tuple[str, Mapping[str, str]]:
         raise CheckpointError(f"{path / INDEX} has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{path / INDEX}: {name} is in {reprlib.repr(file)}: no file name")
+            raise CheckpointError(f"{path / INDEX}: {shown(name)} is in {reprlib.repr(file)}: no file name")
     return f"{path / INDEX} lists", weight_map
 
 
