@@ -83,12 +83,13 @@ def _write_files(folder: Path) -> None:
     family = family_named(spec.family)
     files: list[list[TensorShard]] = [[]]
     room = FILE_BYTES
-    for slot, shape in slot_shapes(spec).items():
+    sources = [family.source(spec, *slot) for slot in slot_shapes(spec).items()]
+    for name, shape in {source.names[0]: source.shape for source in sources}.items():
         size = 2 * math.prod(shape)
         if size > room and files[-1]:
             files.append([])
             room = FILE_BYTES
-        files[-1].append(TensorShard(family.tensor_name(slot), shape, ()))
+        files[-1].append(TensorShard(name, shape, ()))
         room -= size
     names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
     rng = np.random.Generator(np.random.SFC64(0))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from distllm.engine.dtypes import torch_dtype
-from distllm.engine.extents import DiskTensor, Extent, read_extents
+from distllm.engine.extents import DiskTensor, Extent, cut, read_extents
 from distllm.engine.files import inside
 from distllm.engine.format import EngineIndex, rank_file, read_index
 from distllm.engine.source import Block
@@ -84,7 +84,7 @@ class EngineDirectory:
         self, tensor: DiskTensor, shard: TensorShard, dim: int, span: tuple[int, int], dst_start: int
     ) -> Extent:
         unchecked = replace(tensor, checksum=None) if tensor in self._verified else tensor
-        return Extent(unchecked, shard.name, dim, *span, dst_start)
+        return cut(unchecked, shard.name, dim, span, dst_start)
 
 
 def _end_of_file(index: EngineIndex, rank: int) -> int:

@@ -15,9 +15,10 @@ import torch
 
 from distllm.engine import reader
 from distllm.engine.checksum import as_hex, joined_crc32
-from distllm.engine.reader import Span, read_ahead
+from distllm.engine.reader import read_ahead
 from distllm.engine.source import Block
 from distllm.errors import CheckpointError
+from distllm.parallel.sharding import Span
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,24 @@ class DiskTensor:
 
 @dataclass(frozen=True)
 class Extent:
-    """tensor[start:stop] along dim, which a shard holds from dst_start on. The other dimension is whole."""
+    """A rectangle of a stored tensor, and where in a shard it begins: both along the tensor's axes.
+
+    A transposed one is turned on its way, so that the shard's axes are the tensor's the other way round.
+    """
 
     tensor: DiskTensor
     shard: str
-    dim: int
-    start: int
-    stop: int
-    dst_start: int
+    region: tuple[Span, ...]
+    dst_start: tuple[int, ...]
+    transposed: bool = False
+
+
+def cut(tensor: DiskTensor, shard: str, dim: int, span: Span, dst_start: int) -> Extent:
+    """The span of a tensor along dim, which a shard holds from dst_start on. The other dimension is whole."""
+    region = [(0, size) for size in tensor.shape]
+    start = [0] * len(region)
+    region[dim], start[dim] = span, dst_start
+    return Extent(tensor, shard, tuple(region), tuple(start))
 
 
 @dataclass(frozen=True)
@@ -57,24 +68,26 @@ class _Chunk:
     stop: int
     extents: Sequence[Extent]  # of the whole tensor
 
-    def span(self) -> Span:
+    def span(self) -> reader.Span:
         tensor, rows = self.tensor, self.stop - self.start
         offset = tensor.offset + self.start * tensor.row_bytes
-        return Span(tensor.file, offset, rows * tensor.row_bytes, tensor.checksum is not None)
+        return reader.Span(tensor.file, offset, rows * tensor.row_bytes, tensor.checksum is not None)
 
     def blocks(self, content: torch.Tensor) -> Iterator[Block]:
         values = content.view(self.tensor.dtype).view(-1, *self.tensor.shape[1:])
         for extent in self.extents:
-            if extent.dim == 1:
-                columns = slice(extent.dst_start, extent.dst_start + extent.stop - extent.start)
-                cut = values[:, extent.start : extent.stop]
-                yield Block(extent.shard, (slice(self.start, self.stop), columns), cut)
-                continue
-            start, stop = max(extent.start, self.start), min(extent.stop, self.stop)
+            start, stop = max(extent.region[0][0], self.start), min(extent.region[0][1], self.stop)
             if start < stop:
-                shift = extent.dst_start - extent.start
-                cut = values[start - self.start : stop - self.start]
-                yield Block(extent.shard, (slice(start + shift, stop + shift),), cut)
+                rows = (start - self.start, stop - self.start)
+                yield _block(extent, values, rows, start - extent.region[0][0])
+
+
+def _block(extent: Extent, values: torch.Tensor, rows: Span, num_before: int) -> Block:
+    """These rows of values, cut to the extent, of which num_before rows came before."""
+    part = values[tuple(slice(*span) for span in (rows, *extent.region[1:]))]
+    starts = (extent.dst_start[0] + num_before, *extent.dst_start[1:])
+    place = tuple(slice(start, start + size) for start, size in zip(starts, part.shape, strict=True))
+    return Block(extent.shard, place[::-1], part.T) if extent.transposed else Block(extent.shard, place, part)
 
 
 def read_extents(extents: Sequence[Extent], device: torch.device) -> Iterator[Block]:
@@ -97,21 +110,27 @@ def read_extents(extents: Sequence[Extent], device: torch.device) -> Iterator[Bl
 def _chunks(extents: Sequence[Extent]) -> Iterator[_Chunk]:
     of_tensor: dict[DiskTensor, list[Extent]] = {}
     for extent in extents:
-        if extent.start < extent.stop:
+        if all(start < stop for start, stop in extent.region):
             of_tensor.setdefault(extent.tensor, []).append(extent)
     for tensor in sorted(of_tensor, key=lambda tensor: (tensor.file, tensor.offset)):
         wanted = of_tensor[tensor]
-        start, stop = _rows(tensor, wanted)
         step = max(1, reader.CHUNK_BYTES // tensor.row_bytes)
-        for row in range(start, stop, step):
-            yield _Chunk(tensor, row, min(row + step, stop), wanted)
+        for start, stop in _rows(tensor, wanted):
+            for row in range(start, stop, step):
+                yield _Chunk(tensor, row, min(row + step, stop), wanted)
 
 
-def _rows(tensor: DiskTensor, extents: Sequence[Extent]) -> tuple[int, int]:
-    """[start, stop) of the rows that must be read."""
-    if tensor.checksum is not None or any(extent.dim == 1 for extent in extents):
-        return 0, tensor.shape[0]
-    return min(extent.start for extent in extents), max(extent.stop for extent in extents)
+def _rows(tensor: DiskTensor, extents: Sequence[Extent]) -> list[Span]:
+    """The rows that must be read, ascending: what extents share or where they meet is one span."""
+    if tensor.checksum is not None:
+        return [(0, tensor.shape[0])]
+    joined: list[Span] = []
+    for start, stop in sorted(extent.region[0] for extent in extents):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return joined
 
 
 def _check(tensor: DiskTensor, crc: int) -> None:

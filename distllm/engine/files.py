@@ -1,14 +1,20 @@
-"""Reading a model folder: JSON of bounded size, and only files of that folder. Knows no tensor."""
+"""Reading a model folder: JSON of bounded size, and only files of that folder. Knows no tensor.
+
+What a folder says is shown in one printable line, however it is made.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from distllm.errors import CheckpointError
 
 MAX_JSON_BYTES = 256 * 2**20
+MAX_NAME = 1024  # characters of a file's or a tensor's name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,18 +35,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def shown(name: object) -> str:
+    """A name that a folder gives, for an error's text: as it is, unless it would break the line."""
+    plain = isinstance(name, str) and name.isprintable() and len(name) <= MAX_NAME
+    return str(name) if plain else reprlib.repr(name)
+
+
 def inside(folder: Path, name: object) -> Path:
-    """folder/name, refusing names that lead out of the folder: a model folder cannot name other files.
+    """folder/name, refusing names that lead out of the folder: a model folder cannot name other files. Nor
+    pipes and devices, which would be waited for.
 
     A link may lead out in one case: to the `blobs` beside `snapshots` in which a Hugging Face cache keeps
     the files.
     """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise CheckpointError(f"{folder}: {name!r} is not a file name")
-    home, target = folder.resolve(), (folder / name).resolve()
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise CheckpointError(f"{folder}: {reprlib.repr(name)} is not a file name")
+    home, target = folder.resolve(), _resolved(folder / name)
     if Path(name).is_absolute() or ".." in Path(name).parts or not _belongs(home, target):
         raise CheckpointError(f"{folder}: {name} lies outside the folder; put the file itself there")
+    # Not by Path, which raises for a name that is too long to be.
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise CheckpointError(f"{folder / name} is not a regular file")
     return folder / name
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
 def _belongs(home: Path, target: Path) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distllm.engine.files import read_json
+from distllm.engine.files import inside, read_json, shown
 from distllm.errors import CheckpointError
 from distllm.models.checks import check_choice, check_int
 from distllm.models.shards import check_layout, shard_table
@@ -61,18 +61,18 @@ class EngineIndex:
 
 def read_index(path: Path) -> EngineIndex:
     """The index of an engine folder. Raises CheckpointError if it is damaged or of another format version."""
-    file = path / ENGINE_JSON
+    file = inside(path, ENGINE_JSON)
     data = read_json(file)
     version = data.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format_version {version!r}, not {FORMAT_VERSION}; build the engine again"
+            f"{file} has format_version {shown(version)}, not {FORMAT_VERSION}; build the engine again"
         )
     try:
         index = _parse(data)
         _check_tensors(index)
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # CheckpointError is a ValueError
-        raise CheckpointError(f"{file} is damaged ({error}); build the engine again") from error
+        raise CheckpointError(f"{file} is damaged ({shown(str(error))}); build the engine again") from error
     return index
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distllm.engine.files import shown
 from distllm.errors import CheckpointError
 from distllm.models.spec import DTYPE_BYTES, DType
 from distllm.parallel.sharding import TensorShard
@@ -68,7 +70,7 @@ def make_header(shards: Sequence[TensorShard], dtype: DType) -> bytes:
 
 
 def _parse(text: bytes, file_size: int) -> dict[str, Entry]:
-    data = json.loads(text)
+    data = json.loads(text, object_pairs_hook=_object)
     if not isinstance(data, dict):
         raise ValueError(f"the header holds a {type(data).__name__}, not an object")
     data.pop("__metadata__", None)
@@ -77,18 +79,27 @@ def _parse(text: bytes, file_size: int) -> dict[str, Entry]:
     end = base
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
-            raise ValueError(f"{name} starts at byte {entry.start} instead of {end}")
+            raise ValueError(f"{shown(name)} starts at byte {entry.start} instead of {end}")
         end = entry.stop
     if end != file_size:
         raise ValueError(f"{file_size} bytes instead of {end}")
     return entries
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two tensors with one name, readers of this format take different ones."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the header says {shown(twice)} twice")
+    return data
+
+
 def _parse_entry(name: str, entry: Any, base: int) -> Entry:
     try:
         tag, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} has no dtype, shape and data_offsets") from error
+        raise ValueError(f"{shown(name)} has no dtype, shape and data_offsets") from error
     if any(type(number) is not int or number < 0 for number in (*shape, start, stop)) or stop < start:
-        raise ValueError(f"{name} has a shape or data_offsets that cannot be")
+        raise ValueError(f"{shown(name)} has a shape or data_offsets that cannot be")
     return Entry(str(tag), shape, base + start, base + stop)

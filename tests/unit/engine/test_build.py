@@ -330,7 +330,7 @@ DAMAGE = {
     "no shape": (change_a_tensor("shape", None), "engine.json is damaged"),
     "folder for a file": (
         lambda e: ((e / "rank00.safetensors").unlink(), (e / "rank00.safetensors").mkdir()),
-        "rank00.safetensors: Is a directory",
+        "rank00.safetensors is not a regular file",
     ),
     "not JSON": (lambda e: os.truncate(e / "engine.json", 100), "engine.json is not valid JSON"),
 }

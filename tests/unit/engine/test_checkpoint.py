@@ -141,14 +141,21 @@ def index_names_another_file(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
 
 
-def edit_header(folder: Path, change: Callable[[dict], object]) -> None:
+def replace_header(folder: Path, change: Callable[[str], str]) -> None:
     """Rewrite the header, and leave the tensors' bytes as they are."""
     content = (folder / WEIGHTS).read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
-    data = json.loads(content[8:end])
-    change(data)
-    text = json.dumps(data).encode()
+    text = change(content[8:end].decode()).encode()
     (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+def edit_header(folder: Path, change: Callable[[dict], object]) -> None:
+    def edited(text: str) -> str:
+        data = json.loads(text)
+        change(data)
+        return json.dumps(data)
+
+    replace_header(folder, edited)
 
 
 def edit_entry(key: str, value: object) -> Callable[[Path], None]:
@@ -159,13 +166,84 @@ def overlap(header: dict) -> None:
     header["model.norm.weight"]["data_offsets"] = header["lm_head.weight"]["data_offsets"]
 
 
-def huge_header(folder: Path) -> None:
-    with (folder / WEIGHTS).open("r+b") as file:
-        file.write((2**63).to_bytes(8, "little"))
+def header_length(length: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        with (folder / WEIGHTS).open("r+b") as file:
+            file.write(length.to_bytes(8, "little"))
+
+    return change
+
+
+def name_twice(folder: Path) -> None:
+    again = '{"model.norm.weight":{"dtype":"F32","shape":[30],"data_offsets":[0,120]},'
+    replace_header(folder, lambda text: again + text[1:])
+
+
+def rename_a_tensor(folder: Path) -> None:
+    edit_header(folder, lambda header: header.update({"\n\x1b[2J" * 999: header.pop("model.norm.weight")}))
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def index_is_a_pipe(folder: Path) -> None:
+    drop_weights(folder)
+    pipe(INDEX)(folder)
+
+
+def to_link(name: str, target: str) -> Callable[[Path], None]:
+    """The file moves out, and a link stays."""
+
+    def change(folder: Path) -> None:
+        if (folder / name).exists():
+            (folder / name).rename(folder.parent / "elsewhere")
+        (folder / name).symlink_to(target)
+
+    return change
+
+
+def index_is_a_link(folder: Path) -> None:
+    use_index(folder, "a.safetensors")
+    to_link(INDEX, "../elsewhere")(folder)
+
+
+def folder_links_out(folder: Path) -> None:
+    use_index(folder, "sub/elsewhere.safetensors")
+    (folder / "sub").symlink_to(folder.parent)
+
+
+def links_in_a_circle(folder: Path) -> None:
+    use_index(folder, "a")
+    (folder / "a").symlink_to("a")
 
 
 BAD = {
-    "header beyond the file": (huge_header, "incomplete: a header of 9223372036854775808 bytes in a file of"),
+    "header beyond the file": (
+        header_length(2**63),
+        "incomplete: a header of 9223372036854775808 bytes in",
+    ),
+    "header of all bits": (header_length(2**64 - 1), "a header of 18446744073709551615 bytes"),
+    "header of none": (header_length(0), "a header of 0 bytes"),
+    "header cut": (header_length(100), "damaged or incomplete"),
+    "a tensor twice": (name_twice, "the header says model.norm.weight twice"),
+    "a key twice": (
+        lambda f: replace_header(f, lambda text: text.replace('"shape":', '"shape":[1],"shape":', 1)),
+        "the header says shape twice",
+    ),
+    "a tensor's name is not one line": (rename_a_tensor, "no tensor model.norm.weight"),
+    "an odd tensor is in the way": (
+        lambda f: edit_header(f, lambda header: header.update({"\n\x1b" * 999: header["model.norm.weight"]})),
+        r"'\\n\\x1b.*' starts at byte",
+    ),
+    "an odd tensor has no shape": (
+        lambda f: edit_header(f, lambda header: header.update({"\n" * 9999: {}})),
+        r"'\\n\\n.*' has no dtype, shape",
+    ),
     "header a list": (
         lambda f: (f / WEIGHTS).write_bytes((2).to_bytes(8, "little") + b"[]"),
         "the header holds a list",
@@ -186,6 +264,16 @@ BAD = {
     "offset beyond the file": (edit_entry("data_offsets", [0, 2**70]), "damaged or incomplete"),
     "offset not a number": (edit_entry("data_offsets", ["0", 1]), "norm.weight has a shape or data_offsets"),
     "negative shape": (edit_entry("shape", [-30]), "norm.weight has a shape or data_offsets"),
+    "truth for a number": (edit_entry("shape", [True]), "norm.weight has a shape or data_offsets"),
+    "fraction": (edit_entry("shape", [30.0]), "norm.weight has a shape or data_offsets"),
+    "shape beyond 64 bits": (edit_entry("shape", [2**63, 2**63]), "norm.weight has shape"),
+    "shape of many dimensions": (edit_entry("shape", [1] * 10**5), r"norm.weight has shape \[1, .*\.\.\.\]"),
+    "unknown dtype": (edit_entry("dtype", "F99"), "norm.weight is stored as F99; supported: F32, BF16, F16"),
+    "dtype of many lines": (edit_entry("dtype", "\n" * 9999), "norm.weight is stored as '.*'; supported"),
+    "number of many digits": (
+        lambda f: replace_header(f, lambda text: text.replace("[0,", f"[{'9' * 5000},", 1)),
+        "damaged or incomplete",
+    ),
     "no shape": (edit_entry("shape", None), "norm.weight has no dtype, shape"),
     "dtype not a name": (edit_entry("dtype", ["F32"]), r"norm.weight is stored as \['F32'\]"),
     "bytes against shape": (edit_entry("dtype", "BF16"), "has 120 bytes; its shape in BF16 needs 60"),
@@ -233,8 +321,31 @@ BAD = {
     "file of index missing": (lambda f: use_index(f, "gone.safetensors"), "gone.safetensors"),
     "index leads up": (lambda f: use_index(f, "../elsewhere.safetensors"), "outside the folder"),
     "index is absolute": (lambda f: use_index(f, "/etc/passwd"), "outside the folder"),
-    "index names no file": (lambda f: use_index(f, 7), "7 is not a file name"),  # type: ignore[arg-type]
+    "index names no file": (lambda f: use_index(f, 7), "is in 7: no file name"),  # type: ignore[arg-type]
+    "index names a list": (lambda f: use_index(f, ["a"]), r"is in \['a'\]: no file name"),  # type: ignore[arg-type]
+    "index names many lines": (lambda f: use_index(f, "a\nb" * 999), "is not a file name"),
+    "index names nothing": (lambda f: use_index(f, ""), "'' is not a file name"),
+    "index names a long name": (lambda f: use_index(f, "a" * 10**6), "is not a file name"),
+    "index names a name too long to be": (
+        lambda f: use_index(f, "a" * 999),
+        "cannot read .*a: File name too long",
+    ),
+    "index names the folder": (lambda f: use_index(f, "."), "is not a regular file"),
+    "index names a device": (
+        lambda f: (use_index(f, "zero"), (f / "zero").symlink_to("/dev/zero")),
+        "outside the folder",
+    ),
     "link leads out": (link_out, "outside the folder"),
+    "weights link out": (to_link(WEIGHTS, "../elsewhere"), "outside the folder"),
+    "index links out": (index_is_a_link, "outside the folder"),
+    "config links out": (to_link("config.json", "../elsewhere"), "outside the folder"),
+    "engine.json links out": (to_link("engine.json", "/etc/hostname"), "outside the folder"),
+    "folder links out": (folder_links_out, "outside the folder"),
+    "links in a circle": (links_in_a_circle, "cannot read .*a: "),
+    "weights a pipe": (pipe(WEIGHTS), "model.safetensors is not a regular file"),
+    "index a pipe": (index_is_a_pipe, "index.json is not a regular file"),
+    "config a pipe": (pipe("config.json"), "config.json is not a regular file"),
+    "engine.json a pipe": (pipe("engine.json"), "engine.json is not a regular file"),
 }
 
 
@@ -250,4 +361,4 @@ def test_bad_folder_is_one_clear_line(copied: Path, kind: str) -> None:
     damage(copied)
     with pytest.raises(CheckpointError, match=text) as caught:
         open_source(copied)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2000

@@ -16,7 +16,7 @@ import torch
 
 from distllm.engine import WeightSource, load_weights, open_source, reader
 from distllm.engine.checksum import as_hex, joined_crc32
-from distllm.engine.extents import DiskTensor, Extent, read_extents
+from distllm.engine.extents import DiskTensor, Extent, cut, read_extents
 from distllm.errors import CheckpointError
 from distllm.models.shards import shard_table
 from distllm.parallel.layout import RankLayout
@@ -47,10 +47,11 @@ def store(folder: Path, rng: random.Random, *, checked: bool) -> list[tuple[Disk
     return tensors
 
 
-def cut(rng: random.Random, tensor: DiskTensor, shard: str) -> Extent:
-    dim = rng.randrange(len(tensor.shape))
-    start = rng.randrange(tensor.shape[dim])
-    return Extent(tensor, shard, dim, start, rng.randint(start, tensor.shape[dim]), rng.randrange(5))
+def any_extent(rng: random.Random, tensor: DiskTensor, shard: str) -> Extent:
+    bounds = [sorted(rng.choices(range(size + 1), k=2)) for size in tensor.shape]
+    region = tuple((start, stop) for start, stop in bounds)
+    turned = len(region) == 2 and rng.random() < 0.5
+    return Extent(tensor, shard, region, tuple(rng.randrange(5) for _ in region), turned)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 100, 999, 2**20])
@@ -58,25 +59,40 @@ def cut(rng: random.Random, tensor: DiskTensor, shard: str) -> Extent:
 def test_any_rectangles_against_numpy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, checked: bool
 ) -> None:
-    """Chunks of less than a row, of some rows, of whole tensors; several cuts of one tensor; empty ones."""
+    """Chunks of less than a row, of some rows, of whole tensors; several rectangles of one tensor, some
+    turned; empty ones.
+    """
     monkeypatch.setattr(reader, "CHUNK_BYTES", chunk_bytes)
     rng = random.Random(chunk_bytes)
     stored, extents, wanted, got = store(tmp_path, rng, checked=checked), [], {}, {}
-    for number in range(20):
+    for number in range(40):
         tensor, values = rng.choice(stored)
-        extent = cut(rng, tensor, str(number))
+        extent = any_extent(rng, tensor, str(number))
         extents.append(extent)
-        shape = list(tensor.shape)
-        shape[extent.dim] = extent.dst_start + extent.stop - extent.start
-        wanted[extent.shard], got[extent.shard] = np.zeros(shape, np.float32), torch.zeros(shape)
-        part = np.take(values, range(extent.start, extent.stop), extent.dim)
-        np.moveaxis(wanted[extent.shard], extent.dim, 0)[extent.dst_start :] = np.moveaxis(
-            part, extent.dim, 0
-        )
+        part = values[tuple(slice(*span) for span in extent.region)]
+        padded = np.pad(part, [(start, 0) for start in extent.dst_start])
+        wanted[extent.shard] = padded.T if extent.transposed else padded
+        got[extent.shard] = torch.zeros(wanted[extent.shard].shape)
     for block in read_extents(extents, CPU):
         got[block.shard][block.region] = block.values
     for shard, values in wanted.items():
         assert np.array_equal(got[shard].numpy(), values), shard
+
+
+def test_rows_between_those_that_are_wanted_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rectangles that overlap, one that touches them, one apart: two spans."""
+    (tmp_path / "f").write_bytes(bytes(4 * 5 * 100))
+    tensor = DiskTensor(tmp_path / "f", 0, "t", (100, 5), torch.float32)
+    spans = [(40, 60), (0, 10), (7, 20), (20, 21)]
+    extents = [cut(tensor, str(span), 0, span, 0) for span in spans]
+    seen, real = [], reader.read_ahead
+    monkeypatch.setattr(
+        "distllm.engine.extents.read_ahead", lambda spans, device: seen.extend(spans) or real(spans, device)
+    )
+    assert len(list(read_extents(extents, CPU))) == 4
+    assert [(span.offset // 20, span.num_bytes // 20) for span in seen] == [(0, 21), (40, 20)]
 
 
 @pytest.mark.parametrize("flipped", [0, 500, -1])
@@ -87,7 +103,7 @@ def test_a_flipped_bit_in_any_chunk_is_found(
     values = np.arange(250, dtype=np.float32).reshape(50, 5)
     tensor = DiskTensor(tmp_path / "f", 0, "t", (50, 5), torch.float32, as_hex(zlib.crc32(values.tobytes())))
     content = bytearray(values.tobytes())
-    extent = Extent(tensor, "s", 0, 20, 21, 0)  # one row is wanted, all are checked
+    extent = cut(tensor, "s", 0, (20, 21), 0)  # one row is wanted, all are checked
     (tmp_path / "f").write_bytes(content)
     assert [block.values.tolist() for block in read_extents([extent], CPU)] == [[[100, 101, 102, 103, 104]]]
     content[flipped] ^= 1

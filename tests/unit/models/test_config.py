@@ -198,5 +198,6 @@ def test_every_slot_has_a_name_in_the_checkpoint() -> None:
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 9, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=24, attention_bias=True, mlp_bias=True))
     spec = parse_config(config(**model.config.to_dict() | {"rope_scaling": None}))
-    found = {family_named("llama").tensor_name(slot): shape for slot, shape in slot_shapes(spec).items()}
+    sources = [family_named("llama").source(spec, *slot) for slot in slot_shapes(spec).items()]
+    found = {source.names[0]: source.shape for source in sources}
     assert found == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
