@@ -25,7 +25,7 @@ from distllm.engine import (
     open_source,
     resolve_model,
 )
-from distllm.engine.tokenizer import load_tokenizer
+from distllm.engine.tokenizers import load_tokenizer
 from distllm.errors import DistllmError, RequestError, UserError
 from distllm.models.decoder import Decoder
 from distllm.models.shards import check_layout, shard_table

@@ -22,7 +22,7 @@ def admission(**overrides: Any) -> Admission:
         ([], None, "list of prompts is empty"),
         ([[]], None, "prompt is empty"),
         ("", None, "prompt is empty"),
-        ("text", None, "no tokenizer.json"),
+        ("text", None, "no tokenizer.json, tokenizer.model or"),
         ([1, 50], None, "token id 50; the vocabulary is 0 … 49"),
         ([1, -1], None, "token id -1"),
         ([[1, True]], None, "holds True; token ids are integers"),
