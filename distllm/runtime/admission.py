@@ -56,14 +56,14 @@ class Admission:
     def admit_all(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        params: SamplingParams | Sequence[SamplingParams],
         priorities: Sequence[int] | None = None,
     ) -> list[Generation]:
         """A Generation for each prompt. Raises RequestError that names the prompt; then none is admitted."""
         listed = as_prompt_list(prompts)
         if not listed:
             raise RequestError("the list of prompts is empty; give at least one prompt")
-        all_params = self._spread("sampling_params", params or SamplingParams(), len(listed))
+        all_params = self._spread("sampling_params", params, len(listed))
         all_priorities = self._spread("priorities", 0 if priorities is None else priorities, len(listed))
         generations = []
         for number, item in enumerate(zip(listed, all_params, all_priorities, strict=True)):
@@ -135,7 +135,10 @@ class Admission:
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, Mapping):
-            prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+            if prompt.get("prompt_token_ids"):
+                self._check_token_ids(prompt["prompt_token_ids"])
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt") or ""
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError("the prompt is empty; it must have at least one token")

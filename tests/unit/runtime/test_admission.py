@@ -37,7 +37,7 @@ def admission(**overrides: Any) -> Admission:
 )
 def test_refused(prompts: Any, params: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        admission().admit_all(prompts, params)
+        admission().admit_all(prompts, params or SamplingParams())
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_refused(prompts: Any, params: Any, message: str) -> None:
     ],
 )
 def test_forms_of_prompts(prompts: Any, expected: list[tuple[int, ...]]) -> None:
-    generations = admission().admit_all(prompts, None)
+    generations = admission().admit_all(prompts, SamplingParams())
     assert [generation.requests[0].prompt_token_ids for generation in generations] == expected
 
 
