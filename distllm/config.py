@@ -8,6 +8,7 @@ from distllm.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+GENERATION_CONFIGS = ("auto", "vllm")
 MAX_BLOCK_SIZE = 1024
 
 
@@ -20,6 +21,7 @@ class EngineConfig:
     pipeline_parallel_size: int = 1
     dtype: str = "auto"  # the checkpoint's on a GPU, float32 on a CPU
     load_format: str = "auto"  # "dummy": random weights, from config.json alone
+    generation_config: str = "auto"  # the folder's sampling defaults; "vllm": the library's, as vLLM names it
     seed: int = 0  # of the requests that bring none
     max_model_len: int | None = None  # prompt and generated tokens of one sequence
     max_num_seqs: int = 256  # sequences that run at the same time
@@ -36,6 +38,11 @@ class EngineConfig:
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(
                 f"load_format is {self.load_format!r}; it must be one of {', '.join(LOAD_FORMATS)}"
+            )
+        if self.generation_config not in GENERATION_CONFIGS:
+            raise ConfigError(
+                f"generation_config is {self.generation_config!r}; "
+                f"it must be one of {', '.join(GENERATION_CONFIGS)}"
             )
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"block_size is {self.block_size}; it must be between 1 and {MAX_BLOCK_SIZE}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -54,7 +54,9 @@ def generate(
     """
     check_usage(prompts, prompt_token_ids, streams_text=stream and not as_json, n=options["n"])
     sampling_names = {field.name for field in fields(SamplingParams)} - {"seed"}
-    sampling = SamplingParams(**{name: options.pop(name) for name in sampling_names & options.keys()})
+    wanted = {name: options.pop(name) for name in sampling_names & options.keys()}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    SamplingParams(**wanted)  # refuses before anything is loaded
     asked = list(prompts) or prompt_token_ids
 
     from distllm.runtime.llm import LLM
@@ -63,6 +65,7 @@ def generate(
     with show_progress(f"loading {model}", identity.rank if identity else 0) as progress:
         llm = LLM(model, progress=progress, **options)
     with llm:
+        sampling = replace(llm.get_default_sampling_params(), **wanted)
         if stream:
             print_stream(llm, asked, sampling, as_json)
         else:

@@ -70,12 +70,12 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         command,
         [
             _option("--max-tokens", 128, int, "Tokens to generate at most."),
-            _option("--temperature", SamplingParams.temperature, float, "0 is greedy."),
             _option(
-                "--top-p", SamplingParams.top_p, float, "Sample from the likeliest with this probability."
+                "--temperature", None, float, "0 is greedy; these four default to the model's own choice."
             ),
-            _option("--top-k", SamplingParams.top_k, int, "Sample from so many likeliest tokens; 0 is all."),
-            _option("--min-p", SamplingParams.min_p, float, "Drop tokens below this share of the likeliest."),
+            _option("--top-p", None, float, "Sample from the likeliest with this probability."),
+            _option("--top-k", None, int, "Sample from so many likeliest tokens; 0 is all."),
+            _option("--min-p", None, float, "Drop tokens below this share of the likeliest."),
             _option("--n", SamplingParams.n, int, "Continuations of each prompt."),
             click.option("--stop", multiple=True, help="End before this text; repeat for several."),
             click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token."),

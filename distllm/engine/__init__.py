@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distllm.engine.build import build_engine
     from distllm.engine.load import load_weights
-    from distllm.engine.resolve import eos_token_ids, read_spec, resolve_model
+    from distllm.engine.resolve import eos_token_ids, read_generation_config, read_spec, resolve_model
     from distllm.engine.source import WeightSource, open_source
 
 _HOMES = {
@@ -20,6 +20,7 @@ _HOMES = {
     "eos_token_ids": "resolve",
     "load_weights": "load",
     "open_source": "source",
+    "read_generation_config": "resolve",
     "read_spec": "resolve",
     "resolve_model": "resolve",
 }
@@ -30,6 +31,7 @@ __all__ = [
     "eos_token_ids",
     "load_weights",
     "open_source",
+    "read_generation_config",
     "read_spec",
     "resolve_model",
 ]

@@ -1,4 +1,4 @@
-"""Reading a model folder: JSON of bounded size, and only files of that folder. Knows no tensor.
+"""Reading a model folder: files of bounded size, and only files of that folder. Knows no tensor.
 
 What a folder says is shown in one printable line, however it is made.
 """
@@ -17,15 +17,21 @@ MAX_JSON_BYTES = 256 * 2**20
 MAX_NAME = 1024  # characters of a file's or a tensor's name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError, naming the file, for whatever is wrong with it."""
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """A whole file. Raises CheckpointError if it cannot be read or is larger than max_bytes."""
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
+            content = file.read(max_bytes + 1)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if len(content) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
+    if len(content) > max_bytes:
+        raise CheckpointError(f"{path} is larger than {max_bytes} bytes")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError, naming the file, for whatever is wrong with it."""
+    content = read_bytes(path, MAX_JSON_BYTES)
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -59,6 +59,12 @@ def eos_token_ids(path: Path) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """What generation_config.json says; nothing where there is none."""
+    name = "generation_config.json"
+    return read_json(inside(path, name)) if (path / name).exists() else {}
+
+
 def _ids(path: Path, value: Any) -> list[int]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in ids:

@@ -18,8 +18,11 @@ from distllm.errors import UserError
 
 COPIED = (
     "tokenizer.json",
+    "tokenizer.model",
+    "qwen.tiktoken",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
 )

@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from distllm.engine.tokenizer import Tokenizer
+from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
 from distllm.runtime.generation import Generation
 from distllm.runtime.plan import RowSampling
@@ -56,14 +56,14 @@ class Admission:
     def admit_all(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        params: SamplingParams | Sequence[SamplingParams],
         priorities: Sequence[int] | None = None,
     ) -> list[Generation]:
         """A Generation for each prompt. Raises RequestError that names the prompt; then none is admitted."""
         listed = as_prompt_list(prompts)
         if not listed:
             raise RequestError("the list of prompts is empty; give at least one prompt")
-        all_params = self._spread("sampling_params", params or SamplingParams(), len(listed))
+        all_params = self._spread("sampling_params", params, len(listed))
         all_priorities = self._spread("priorities", 0 if priorities is None else priorities, len(listed))
         generations = []
         for number, item in enumerate(zip(listed, all_params, all_priorities, strict=True)):
@@ -135,19 +135,35 @@ class Admission:
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, Mapping):
-            prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+            if prompt.get("prompt_token_ids"):
+                self._check_token_ids(prompt["prompt_token_ids"])
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt") or ""
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError("the prompt is empty; it must have at least one token")
             if self._tokenizer is None:
-                raise RequestError("the model folder has no tokenizer.json; give the prompt as token ids")
-            return prompt, self._tokenizer.encode(prompt)
+                raise RequestError(
+                    "the model folder has no tokenizer.json, tokenizer.model or qwen.tiktoken; "
+                    "give the prompt as token ids"
+                )
+            return prompt, self._encode(prompt, self._tokenizer)
         if not isinstance(prompt, Sequence):
             raise RequestError(
                 f"a prompt is a {type(prompt).__name__}; it must be text or a list of token ids"
             )
         self._check_token_ids(prompt)
         return None, list(prompt)  # type: ignore[arg-type]
+
+    def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """A tokenizer may have more tokens than the model has rows: those cannot be used."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the prompt is no Unicode text: {error}") from error
+        token_ids = tokenizer.encode(text)
+        self._check_token_ids(token_ids)
+        return token_ids
 
     def _check_token_ids(self, prompt: Sequence[Any]) -> None:
         """All at once where nothing is wrong: a loop over a long prompt would delay its first token."""

@@ -9,6 +9,7 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 CONTEXT_TOKENS = 6  # of the prompt, so that the first token's leading space is decoded as inside a text
+MAX_CONTEXT_TOKENS = 64
 
 
 class Decoder(Protocol):
@@ -26,7 +27,7 @@ class Detokenizer:
     def __init__(self, decoder: Decoder, prompt: Sequence[int], skip_special_tokens: bool = True) -> None:
         self._decoder = decoder
         self._skip_special_tokens = skip_special_tokens
-        self._ids = list(prompt[-CONTEXT_TOKENS:])
+        self._ids = self._context(prompt)
         self._prefix_offset = 0
         self._read_offset = len(self._ids)
 
@@ -36,7 +37,10 @@ class Detokenizer:
         text = self._new_text()
         if not text or text.endswith(REPLACEMENT):
             return ""
-        self._prefix_offset, self._read_offset = self._read_offset, len(self._ids)
+        # Decoders drop blanks at the start of a text. A window that began with nothing else would hide them.
+        if _is_anchor(self._decode(self._ids[self._read_offset :])):
+            self._prefix_offset = self._read_offset
+        self._read_offset = len(self._ids)
         return text
 
     def flush(self) -> str:
@@ -45,12 +49,27 @@ class Detokenizer:
         self._prefix_offset = self._read_offset = len(self._ids)
         return text
 
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The prompt's last tokens: as many as it takes to begin with a whole character."""
+        for num_tokens in range(CONTEXT_TOKENS, min(len(prompt), MAX_CONTEXT_TOKENS)):
+            if _is_anchor(self._decode(prompt[-num_tokens:])):
+                return list(prompt[-num_tokens:])
+        return list(prompt[-MAX_CONTEXT_TOKENS:])
+
     def _new_text(self) -> str:
         known = self._decode(self._ids[self._prefix_offset : self._read_offset])
-        return self._decode(self._ids[self._prefix_offset :])[len(known) :]
+        text = self._decode(self._ids[self._prefix_offset :])
+        # Bytes that turn out to be no UTF-8 can take the characters before them along, but those are given
+        # out.
+        return text[len(known) :] if text.startswith(known) else self._decode(self._ids[self._read_offset :])
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def _is_anchor(text: str) -> bool:
+    """Does a decoded text not depend on what stood before it?"""
+    return not text.isspace() and text != "" and not text.startswith(REPLACEMENT)
 
 
 class StopStrings:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from distllm.engine.tokenizer import Tokenizer
+from distllm.engine.tokenizers import Tokenizer
 from distllm.runtime.detokenizer import Detokenizer, StopStrings
 from distllm.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 from distllm.runtime.plan import TokenLogprobs

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,11 @@ from distllm.engine import (
     eos_token_ids,
     load_weights,
     open_source,
+    read_generation_config,
     resolve_model,
 )
-from distllm.engine.tokenizer import load_tokenizer
+from distllm.engine.chat import as_conversations, load_chat_format
+from distllm.engine.tokenizers import load_tokenizer
 from distllm.errors import DistllmError, RequestError, UserError
 from distllm.models.decoder import Decoder
 from distllm.models.shards import check_layout, shard_table
@@ -36,7 +38,7 @@ from distllm.runtime.generation import Generation
 from distllm.runtime.kv_memory import allocate_kv_cache, kv_block_count
 from distllm.runtime.model_runner import ModelRunner
 from distllm.runtime.outputs import RequestOutput
-from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.sampling_params import GENERATION_FIELDS, SamplingParams, default_sampling_params
 from distllm.runtime.scheduler import Scheduler, SchedulerConfig
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.worker import run_worker
@@ -105,17 +107,46 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue every prompt; the outputs in the order of the prompts on rank 0, an empty list elsewhere.
 
-        prompts: text, token ids, or a list of these. sampling_params: one for all, or one each.
+        prompts: text, token ids, or a list of these. sampling_params: one for all, or one each; without,
+        get_default_sampling_params().
         Raises RequestError, on every rank, if any prompt or parameter is refused.
         """
         with self._use():
             if not self.is_root:
                 run_worker(self._control, self._runner)
                 return []
-            generations = self._admit(prompts, sampling_params, priority)
-            for _ in self._coordinator.run(generations):
-                pass
-            return [generation.output() for generation in generations]
+            return self._finish(self._admit(lambda: prompts, sampling_params, priority))
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several: generate() after the model's own chat format.
+
+        messages: [{"role": "user", "content": "…"}, …], or a list of such lists; they matter on rank 0 alone.
+        tools: JSON schemas. chat_template_kwargs: other variables of the template.
+        Raises RequestError, on every rank, where there is no format or it refuses the messages.
+        """
+        with self._use():
+            if not self.is_root:
+                run_worker(self._control, self._runner)
+                return []
+
+            def prompts() -> list[Prompt]:
+                return self._chat_prompts(messages, tools, add_generation_prompt, chat_template_kwargs or {})
+
+            return self._finish(self._admit(prompts, sampling_params, None))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What generate() uses where it is given none: the model's generation_config.json over the library's
+        defaults. Not collective; the same on every rank. Change some with dataclasses.replace.
+        """
+        return self._default_sampling_params
 
     def stream(
         self,
@@ -133,7 +164,7 @@ class LLM:
             if not self.is_root:
                 run_worker(self._control, self._runner)
                 return
-            generations = self._admit(prompts, sampling_params, priority)
+            generations = self._admit(lambda: prompts, sampling_params, priority)
             with closing(self._coordinator.run(generations)) as changed:
                 for generation in changed:
                     increment = generation.increment()
@@ -201,7 +232,7 @@ class LLM:
         self.config = config.resolve(source.spec.max_position_embeddings)
         self._channels = open_channels(control, self.layout, device)
         self._runner, num_blocks = self._load(source, device)
-        agree(control, lambda: self._start_coordinator(source, num_blocks) if self.is_root else None)
+        agree(control, lambda: self._start_serving(source, num_blocks))
         what = f"{source.path.name}: {layout.equation}, {num_blocks} KV blocks of {config.block_size} tokens"
         logger.info("%s, ready in %.1f s", what, time.perf_counter() - started)
 
@@ -228,6 +259,27 @@ class LLM:
             runner.capture(config.max_num_seqs, min(config.max_num_batched_tokens, config.context_len))
         return runner, num_blocks
 
+    def _start_serving(self, source: WeightSource, num_blocks: int) -> None:
+        """Read what every rank is asked for; make what serves requests on rank 0."""
+        generation_config = read_generation_config(source.path)
+        if self.config.generation_config == "vllm":
+            generation_config = {}
+        self._default_sampling_params = default_sampling_params(generation_config)
+        if not self.is_root:
+            return
+        log_generation_config(generation_config)
+        self._start_coordinator(source, num_blocks)
+        tokenizer = load_tokenizer(source.path)
+        self._chat_format = load_chat_format(source.path, tokenizer) if tokenizer else None
+        stops = {*eos_token_ids(source.path), *(tokenizer.stop_token_ids if tokenizer else ())}
+        self._admission = Admission(
+            tokenizer,
+            source.spec.vocab_size,
+            self.config.context_len,
+            sorted(stop for stop in stops if stop < source.spec.vocab_size),
+            self.config.seed,
+        )
+
     def _start_coordinator(self, source: WeightSource, num_blocks: int) -> None:
         config = self.config
         scheduler = Scheduler(
@@ -242,23 +294,45 @@ class LLM:
             )
         )
         self._coordinator = Coordinator(self._control, scheduler, self._runner, config.pipeline_parallel_size)
-        self._admission = Admission(
-            load_tokenizer(source.path),
-            source.spec.vocab_size,
-            config.context_len,
-            eos_token_ids(source.path),
-            config.seed,
-        )
+
+    def _chat_prompts(
+        self,
+        messages: Sequence[Any],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> list[Prompt]:
+        if self._chat_format is None:
+            raise RequestError(
+                "the model folder has no chat template and its family no chat format; "
+                "add a chat_template.jinja or use generate()"
+            )
+        rendered = [
+            self._chat_format.render(
+                conversation,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                variables=variables,
+            )
+            for conversation in as_conversations(messages)
+        ]
+        return [{"prompt": text, "prompt_token_ids": token_ids} for text, token_ids in rendered]
+
+    def _finish(self, generations: list[Generation]) -> list[RequestOutput]:
+        for _ in self._coordinator.run(generations):
+            pass
+        return [generation.output() for generation in generations]
 
     def _admit(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        make_prompts: Callable[[], Prompt | Sequence[Prompt]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
     ) -> list[Generation]:
         """Check and queue on rank 0; what is refused here is refused on every rank."""
+        params = self._default_sampling_params if sampling_params is None else sampling_params
         try:
-            generations = self._admission.admit_all(prompts, sampling_params, priority)
+            generations = self._admission.admit_all(make_prompts(), params, priority)
             self._coordinator.admit(generations)
         except RequestError as error:
             self._coordinator.refuse(str(error))
@@ -289,3 +363,13 @@ def resolve_dtype(name: str, of_checkpoint: str, device: torch.device) -> torch.
         name = of_checkpoint if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def log_generation_config(generation_config: Mapping[str, Any]) -> None:
+    """Once at start, so that nobody wonders why a text differs."""
+    values = {name: generation_config.get(name) for name in GENERATION_FIELDS}
+    given = [f"{name} {value}" for name, value in values.items() if value is not None]
+    if given:
+        logger.info("default sampling from generation_config.json: %s", ", ".join(given))
+    if generation_config.get("repetition_penalty") not in (None, 1, 1.0):
+        logger.warning("generation_config.json asks for a repetition_penalty, which is not applied")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as shorten
+from typing import Any
 
-from distllm.errors import RequestError
+from distllm.errors import CheckpointError, RequestError
 
 MAX_N = 64
 MAX_TEMPERATURE = 100.0
@@ -15,6 +16,15 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 64
+
+# Of a generation_config.json; the others are no defaults in vLLM either.
+GENERATION_FIELDS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
 
 
 def _check_float(name: str, value: object, low: float, high: float) -> None:
@@ -114,3 +124,21 @@ class SamplingParams:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """What the model's authors recommend, and the library's defaults for what they leave open.
+
+    Raises CheckpointError, naming the field, for a value that is no such parameter.
+    """
+    given = {
+        field: generation_config[name]
+        for name, field in GENERATION_FIELDS.items()
+        if generation_config.get(name) is not None
+    }
+    try:
+        return SamplingParams(**given)
+    except RequestError as error:
+        raise CheckpointError(
+            f"generation_config.json: {error}; mend it or set generation_config='vllm'"
+        ) from None

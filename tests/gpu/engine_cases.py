@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from distllm.engine import resolve_model
-from distllm.engine.tokenizer import load_tokenizer
+from distllm.engine.tokenizers import load_tokenizer
 from distllm.kernels.reference.sampling import gumbel_noise
 from tests.checkpoints import greedy_reference, make_llama
 

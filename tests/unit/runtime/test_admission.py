@@ -22,7 +22,7 @@ def admission(**overrides: Any) -> Admission:
         ([], None, "list of prompts is empty"),
         ([[]], None, "prompt is empty"),
         ("", None, "prompt is empty"),
-        ("text", None, "no tokenizer.json"),
+        ("text", None, "no tokenizer.json, tokenizer.model or"),
         ([1, 50], None, "token id 50; the vocabulary is 0 … 49"),
         ([1, -1], None, "token id -1"),
         ([[1, True]], None, "holds True; token ids are integers"),
@@ -37,7 +37,7 @@ def admission(**overrides: Any) -> Admission:
 )
 def test_refused(prompts: Any, params: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        admission().admit_all(prompts, params)
+        admission().admit_all(prompts, params or SamplingParams())
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_refused(prompts: Any, params: Any, message: str) -> None:
     ],
 )
 def test_forms_of_prompts(prompts: Any, expected: list[tuple[int, ...]]) -> None:
-    generations = admission().admit_all(prompts, None)
+    generations = admission().admit_all(prompts, SamplingParams())
     assert [generation.requests[0].prompt_token_ids for generation in generations] == expected
 
 

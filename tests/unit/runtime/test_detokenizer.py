@@ -1,4 +1,6 @@
-"""Incremental text against the full decode, and stop strings against a plain search."""
+"""Incremental text against the full decode, for every kind of tokenizer, and stop strings against a plain
+search.
+"""
 
 from __future__ import annotations
 
@@ -7,50 +9,84 @@ from pathlib import Path
 
 import pytest
 
-from distllm.engine.tokenizer import Tokenizer
+from distllm.engine.tokenizers import Tokenizer, load_tokenizer
 from distllm.runtime.detokenizer import REPLACEMENT, Detokenizer, StopStrings
+from tests.tokenizers import KINDS, byte_level, random_text
 
-ALPHABETS = ["abc xyz.", "äöüßéñ ", "漢字かな", "🙂👩‍👩‍👧‍👦🇩🇪", "שלום עולם", "\x00\x1f\u200b\u2028 "]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A byte-level tokenizer so small that most characters are split over tokens."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, special_tokens=["<|end|>"])
-    library.train_from_iterator(["abc abd ".join(ALPHABETS)], trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    library.save(str(path))
-    return Tokenizer(Path(path))
+FEW, MANY = 400, 10_000
 
 
-def random_text(rng: random.Random) -> str:
-    return "".join(rng.choice(rng.choice(ALPHABETS)) for _ in range(rng.randint(0, 30)))
+def load(kind: str, folder: Path) -> Tokenizer:
+    KINDS[kind](folder)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    return tokenizer
 
 
-def test_increments_join_to_the_full_decode(tokenizer: Tokenizer) -> None:
-    rng = random.Random(0)
-    for _ in range(2000):
-        text, prompt = random_text(rng), tokenizer.encode(random_text(rng))
-        ids = tokenizer.encode(text)
-        detokenizer = Detokenizer(tokenizer, prompt)
-        parts = [detokenizer.add(token_id) for token_id in ids]
-        assert not any(part.endswith(REPLACEMENT) for part in parts)
-        assert "".join(parts) + detokenizer.flush() == text
+def check_increments(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool) -> None:
+    detokenizer = Detokenizer(tokenizer, prompt, skip)
+    parts = [detokenizer.add(token_id) for token_id in ids]
+    assert not any(part.endswith(REPLACEMENT) for part in parts)
+    before = tokenizer.decode(prompt, skip_special_tokens=skip)
+    full = tokenizer.decode([*prompt, *ids], skip_special_tokens=skip)
+    assert before + "".join(parts) + detokenizer.flush() == full
 
 
-def test_an_unfinished_character_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_increments_join_to_the_full_decode(kind: str, count: int, tmp_path: Path) -> None:
+    """After another text, within one, and after none, with special tokens strewn in."""
+    rng, tokenizer = random.Random(count), load(kind, tmp_path)
+    specials = sorted(tokenizer.special_tokens.values())
+    for _ in range(count):
+        ids = tokenizer.encode_plain(random_text(rng))
+        if specials and rng.random() < 0.2:
+            ids += [rng.choice(specials), *tokenizer.encode_plain(random_text(rng))]
+        prompt = tokenizer.encode(random_text(rng)) if rng.random() < 0.4 else []
+        cut = rng.randint(0, len(ids)) if rng.random() < 0.5 else 0
+        if not tokenizer.decode(ids[:cut]).endswith(REPLACEMENT):
+            prompt, ids = prompt + ids[:cut], ids[cut:]
+        check_increments(tokenizer, prompt, ids, skip=rng.random() < 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_ids_at_all(kind: str, tmp_path: Path) -> None:
+    """What no text encodes to, ids past the end included: nothing raises, no piece ends in half a
+    character.
+    """
+    rng, tokenizer = random.Random(3), load(kind, tmp_path)
+    for _ in range(100):
+        ids = [rng.randrange(tokenizer.vocab_size + 20) for _ in range(rng.randint(1, 12))]
+        detokenizer = Detokenizer(tokenizer, [], rng.random() < 0.5)
+        assert not any(detokenizer.add(token_id).endswith(REPLACEMENT) for token_id in ids)
+        detokenizer.flush()
+
+
+def test_an_unfinished_character_comes_out_at_the_end(tmp_path: Path) -> None:
+    tokenizer = load(byte_level.__name__, tmp_path)
     ids = tokenizer.encode("a🙂")[:-1]
     detokenizer = Detokenizer(tokenizer, [])
     text = "".join(detokenizer.add(token_id) for token_id in ids)
     assert text == "a"
     assert text + detokenizer.flush() == tokenizer.decode(ids)
+
+
+def test_blanks_after_blanks_are_kept(tmp_path: Path) -> None:
+    """SentencePiece drops every blank at the start of a text, and so of a window."""
+    tokenizer = load("sp_unigram", tmp_path)
+    ids = range(tokenizer.vocab_size)
+    letter = next(i for i in ids if tokenizer.decode([i, i]) == "cc")
+    blank = next(i for i in ids if tokenizer.decode([letter, i, letter]) == "c c")
+    for blanks in range(1, 8):
+        check_increments(tokenizer, [], [letter, *[blank] * blanks, letter], skip=True)
+        check_increments(tokenizer, [letter, *[blank] * 9], [*[blank] * blanks, letter], skip=True)
+
+
+def test_bytes_that_are_no_text_do_not_repeat_what_was_given_out(tmp_path: Path) -> None:
+    tokenizer = load("byte_fallback", tmp_path)
+    detokenizer = Detokenizer(tokenizer, [])
+    ids = [*tokenizer.encode_plain("ü")[1:], 3 + 0xFF, *tokenizer.encode_plain("ab")[1:]]
+    assert "".join(map(detokenizer.add, ids)) == "ü�ab"
 
 
 @pytest.mark.parametrize("include", [False, True])
