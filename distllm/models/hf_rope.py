@@ -49,7 +49,7 @@ def read_rope(config: Config, theta: float = 10000.0) -> RopeSpec:
 def read_ropes_by_layer(config: Config, theta: float) -> tuple[RopeSpec, RopeSpec]:
     """Of layers that see everything, whose default theta is given, and of those with a window."""
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and rope.keys() <= {FULL, SLIDING}:
+    if isinstance(rope, dict) and rope and rope.keys() <= {FULL, SLIDING}:
         base = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_theta")}
         full, sliding = ({**base, "rope_parameters": rope.get(kind)} for kind in (FULL, SLIDING))
     else:

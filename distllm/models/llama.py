@@ -14,7 +14,7 @@ def read_llama_like(config: dict[str, Any], family: str, **knobs: Any) -> Decode
     """A spec from Llama's keys. knobs: fields of DecoderSpec that the family reads in its own way."""
     num_heads = require(config, "num_attention_heads")
     num_kv_heads = config.get("num_key_value_heads")  # absent in Llama 2 files without grouped queries
-    rope = knobs.pop("rope", None) or read_rope(config)
+    rope = knobs.pop("rope") if "rope" in knobs else read_rope(config)
     norm = knobs.pop("norm", None) or NormSpec("rms", require(config, "rms_norm_eps"))
     activation = knobs.pop("activation", None) or read_activation({"hidden_act": "silu", **config})
     if "windows" not in knobs:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distllm import LLM, SamplingParams
 from distllm.comm.local import LocalControl, run_ranks
@@ -209,6 +211,23 @@ def test_refused(name: str, changes: dict[str, Any], text: str) -> None:
     with pytest.raises(CheckpointError, match=text) as caught:
         parse_config(CASES[name].hub_config() | changes)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+every_key = sorted({key for case in CASES.values() for key in case.hub} | {"rope_parameters", "layer_types"})
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(sorted(CASES)), st.sampled_from(every_key), json_values)
+def test_any_value_gives_a_spec_or_one_clear_error(name: str, key: str, value: Any) -> None:
+    try:
+        parse_config(CASES[name].hub_config() | {key: value})
+    except CheckpointError as error:
+        assert "\n" not in str(error)
 
 
 def test_released_defaults() -> None:
