@@ -74,7 +74,9 @@ def test_logits(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, name: 
 def test_every_tensor_has_its_slot(checkpoints: dict[str, tuple[Path, Any]], name: str) -> None:
     folder, model = checkpoints[name]
     spec = read_spec(folder)
-    found = {family_named(spec.family).tensor_name(slot): shape for slot, shape in slot_shapes(spec).items()}
+    family = family_named(spec.family)
+    sources = [family.source(spec, slot, shape) for slot, shape in slot_shapes(spec).items()]
+    found = {source.names[0]: source.shape for source in sources}
     stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if spec.tied_embeddings:
         del stored["lm_head.weight"]
