@@ -126,7 +126,7 @@ def chatglm(folder: Path) -> None:
 
 def rank_lines() -> bytes:
     tokens = [bytes([byte]) for byte in range(256)]
-    tokens += [text.encode() for text in ("ab", " x", "  ", "th", "the", "ש")]
+    tokens += [text.encode() for text in ("ab", " x", "  ", "th", "the", "ש", "12", "123")]
     tokens += ["漢".encode()[:2], "漢".encode(), "🙂".encode()[:2]]
     return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
 

@@ -99,6 +99,7 @@ def test_the_family_ends_answers_that_no_config_mentions(folder: Path, tmp_path:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path)
     (tmp_path / "qwen.tiktoken").write_bytes(rank_lines())
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": 300})
     end = len(rank_lines().splitlines()) + 2
     with LLM(str(tmp_path)) as llm:
         assert set(llm._admission._eos) == {2, end - 2, end}
