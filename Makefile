@@ -20,7 +20,7 @@ test: lint .mpich/ready
 	pytest
 
 unit: .venv/ready
-	pytest tests/unit
+	pytest tests/unit -m "not slow"
 
 gpu-test:
 	$(GPU_PYTHON) -m pytest tests/gpu tests/kernels

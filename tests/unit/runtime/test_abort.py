@@ -134,6 +134,7 @@ def abort_at_random(rng: random.Random, met: Counter[str]) -> InLoop:
     return in_loop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_aborts_at_random_moments(tiny: Path, layout: tuple[int, int]) -> None:
     """Few slots and fewer blocks, so that requests wait, are cut into chunks and preempted."""

@@ -273,6 +273,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.scheduler._running.free_slots) == self.config.max_num_seqs
 
 
+@pytest.mark.slow
 def test_scheduler_machine() -> None:
     SEEN.clear()
     run_state_machine_as_test(
