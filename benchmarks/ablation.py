@@ -31,6 +31,7 @@ from distllm.cli.options import tensor_parallel
 from distllm.cli.tables import print_table
 from distllm.config import EngineConfig
 from distllm.env import launcher_identity
+from distllm.errors import UserError
 from distllm.ops.bench.engine import measure_floors, open_engine
 from distllm.ops.bench.latency import DecodeResult, LatencyWorkload, run_decode
 from distllm.ops.bench.report import Report
@@ -142,7 +143,10 @@ def main(
     """Measure every rung of the ladder; rank 0 prints it."""
     options |= {"load_format": "dummy", "max_num_seqs": max(batch_size), "max_model_len": None}
     workload = LatencyWorkload((128,), num_steps, batch_size, num_iters=3, num_iters_warmup=1)
-    rungs = climb(workload, model, options)
+    try:
+        rungs = climb(workload, model, options)
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
     identity = launcher_identity()
     if identity and identity.rank:
         return

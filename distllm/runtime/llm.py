@@ -26,7 +26,7 @@ from distllm.engine import (
     read_generation_config,
     resolve_model,
 )
-from distllm.engine.chat import as_conversations, load_chat_format
+from distllm.engine.chat import Chat, as_conversations, load_chat_format
 from distllm.engine.tokenizers import load_tokenizer
 from distllm.errors import DistllmError, RequestError, UserError
 from distllm.models.decoder import Decoder
@@ -307,15 +307,11 @@ class LLM:
                 "the model folder has no chat template and its family no chat format; "
                 "add a chat_template.jinja or use generate()"
             )
-        rendered = [
-            self._chat_format.render(
-                conversation,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                variables=variables,
-            )
+        chats = [
+            Chat(conversation, tools, add_generation_prompt, variables)
             for conversation in as_conversations(messages)
         ]
+        rendered = [self._chat_format.render(chat) for chat in chats]
         return [{"prompt": text, "prompt_token_ids": token_ids} for text, token_ids in rendered]
 
     def _finish(self, generations: list[Generation]) -> list[RequestOutput]:

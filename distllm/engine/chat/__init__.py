@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distllm.engine.chat.base import ChatFormat, ChatPrompt, Conversation
+from distllm.engine.chat.base import Chat, ChatFormat, ChatPrompt, Conversation
 from distllm.engine.chat.formats import find_format
 from distllm.engine.chat.templates import MAX_TEMPLATE_BYTES, ChatTemplates
 from distllm.engine.files import inside, read_bytes
@@ -18,7 +18,7 @@ from distllm.engine.tokenizers import Tokenizer
 from distllm.engine.tokenizers.settings import read_settings
 from distllm.errors import CheckpointError, RequestError
 
-__all__ = ["ChatFormat", "ChatPrompt", "as_conversations", "load_chat_format"]
+__all__ = ["Chat", "ChatFormat", "ChatPrompt", "as_conversations", "load_chat_format"]
 
 TEMPLATE_FILE = "chat_template.jinja"
 

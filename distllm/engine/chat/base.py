@@ -1,11 +1,22 @@
-"""What a chat format is: messages in, a prompt out."""
+"""What a chat format is: a chat in, a prompt out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 Conversation: TypeAlias = list[dict[str, Any]]  # messages, each with a role, and a content for most
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation to be answered, and what the caller says about it."""
+
+    messages: Conversation
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True  # end where the assistant's answer begins
+    variables: Mapping[str, Any] = field(default_factory=dict)  # what else the template asks for
 
 
 class ChatPrompt(NamedTuple):
@@ -16,17 +27,6 @@ class ChatPrompt(NamedTuple):
 
 
 class ChatFormat(Protocol):
-    def render(
-        self,
-        messages: Conversation,
-        *,
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-    ) -> ChatPrompt:
-        """add_generation_prompt: end where the assistant's answer begins. variables: what else the template
-        asks for.
-
-        Raises RequestError for messages that the format refuses.
-        """
+    def render(self, chat: Chat) -> ChatPrompt:
+        """Raises RequestError for what the format refuses."""
         ...

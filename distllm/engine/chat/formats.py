@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distllm.engine.chat.base import ChatFormat, ChatPrompt, Conversation
+from distllm.engine.chat.base import Chat, ChatFormat, ChatPrompt, Conversation
 from distllm.engine.resolve import read_generation_config
 from distllm.engine.tokenizers import Tokenizer
 from distllm.engine.tokenizers.families import CHATGLM2, CHATGLM3, find_family
@@ -42,21 +42,14 @@ class ChatGLM2Format:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def render(
-        self,
-        messages: Conversation,
-        *,
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-    ) -> ChatPrompt:
-        _refuse("ChatGLM2", variables, tools=tools)
+    def render(self, chat: Chat) -> ChatPrompt:
+        _refuse("ChatGLM2", chat.variables, tools=chat.tools)
         parts, number = [], 0
-        for message in messages:
+        for message in chat.messages:
             role, content = _said(message, ("user", "assistant"))
             number += role == "user"
             parts.append(f"[Round {number}]\n\n问：{content}\n\n" if role == "user" else f"答：{content}\n\n")
-        text = "".join(parts) + ("答：" if add_generation_prompt else "")
+        text = "".join(parts) + ("答：" if chat.add_generation_prompt else "")
         return ChatPrompt(text, self._tokenizer.encode(text))
 
 
@@ -66,26 +59,19 @@ class ChatGLM3Format:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def render(
-        self,
-        messages: Conversation,
-        *,
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-    ) -> ChatPrompt:
-        _refuse("ChatGLM3", variables)
+    def render(self, chat: Chat) -> ChatPrompt:
+        _refuse("ChatGLM3", chat.variables)
         ids = self._tokenizer.encode("")
-        for number, message in enumerate(messages):
+        for number, message in enumerate(chat.messages):
             role, content = _said(message, ("system", "user", "assistant", "observation"))
-            if tools and number == 0:
+            if chat.tools and number == 0:
                 if role != "system":
                     raise RequestError(
                         "ChatGLM3 lists tools in the system message; put one before all others"
                     )
-                content += "\n" + json.dumps(tools, indent=4, ensure_ascii=False)
+                content += "\n" + json.dumps(chat.tools, indent=4, ensure_ascii=False)
             ids += self._turn(role, str(message.get("metadata", "")), content)
-        return ChatPrompt(None, ids + ([self._role("assistant")] if add_generation_prompt else []))
+        return ChatPrompt(None, ids + ([self._role("assistant")] if chat.add_generation_prompt else []))
 
     def _turn(self, role: str, metadata: str, content: str) -> list[int]:
         encode = self._tokenizer.encode_plain
@@ -102,21 +88,14 @@ class BaichuanFormat:
         self._tokenizer = tokenizer
         self._roles = {"user": user_token_id, "assistant": assistant_token_id}
 
-    def render(
-        self,
-        messages: Conversation,
-        *,
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-    ) -> ChatPrompt:
-        _refuse("Baichuan", variables, tools=tools)
-        system, rest = _split_system(messages)
+    def render(self, chat: Chat) -> ChatPrompt:
+        _refuse("Baichuan", chat.variables, tools=chat.tools)
+        system, rest = _split_system(chat.messages)
         ids = self._tokenizer.encode_plain(system) if system else []
         for message in rest:
             role, content = _said(message, ("user", "assistant"))
             ids += [self._roles[role], *self._tokenizer.encode_plain(content)]
-        if add_generation_prompt and rest and rest[-1]["role"] != "assistant":
+        if chat.add_generation_prompt and rest and rest[-1]["role"] != "assistant":
             ids.append(self._roles["assistant"])
         return ChatPrompt(None, ids)
 
@@ -130,22 +109,15 @@ class QwenFormat:
         self._end = tokenizer.special_tokens["<|im_end|>"]
         self._newline = tokenizer.encode_plain("\n")
 
-    def render(
-        self,
-        messages: Conversation,
-        *,
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-    ) -> ChatPrompt:
-        _refuse("Qwen", variables, tools=tools)
-        system, rest = _split_system(messages)
+    def render(self, chat: Chat) -> ChatPrompt:
+        _refuse("Qwen", chat.variables, tools=chat.tools)
+        system, rest = _split_system(chat.messages)
         ids = [*self._head("system"), *self._tokenizer.encode_plain(system or QWEN_SYSTEM), self._end]
         for message in rest:
             role, content = _said(message, ("user", "assistant"))
             ids += [*self._newline, *self._head(role), *self._tokenizer.encode_plain(content), self._end]
         return ChatPrompt(
-            None, ids + ([*self._newline, *self._head("assistant")] if add_generation_prompt else [])
+            None, ids + ([*self._newline, *self._head("assistant")] if chat.add_generation_prompt else [])
         )
 
     def _head(self, role: str) -> list[int]:

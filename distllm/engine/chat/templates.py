@@ -20,7 +20,7 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from distllm.engine.chat.base import ChatPrompt, Conversation
+from distllm.engine.chat.base import Chat, ChatPrompt
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import CheckpointError, RequestError
 
@@ -48,17 +48,11 @@ class ChatTemplates:
         except (TemplateError, RecursionError) as error:
             raise CheckpointError(f"{folder}: the chat template cannot be parsed: {error}") from error
 
-    def render(
-        self,
-        messages: Conversation,
-        *,
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-    ) -> ChatPrompt:
+    def render(self, chat: Chat) -> ChatPrompt:
         """The template writes bos and the like itself, so nothing is added to its text."""
-        given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
-        text = self._write(bool(tools), {**self._names, **given, **variables, "messages": messages})
+        given = {"tools": chat.tools, "documents": None, "add_generation_prompt": chat.add_generation_prompt}
+        variables = {**self._names, **given, **chat.variables, "messages": chat.messages}
+        text = self._write(bool(chat.tools), variables)
         return ChatPrompt(text, self._tokenizer.encode(text, add_special_tokens=False))
 
     def _write(self, with_tools: bool, variables: dict[str, Any]) -> str:

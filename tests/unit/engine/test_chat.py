@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from distllm.engine.chat import ChatFormat, as_conversations, load_chat_format
+from distllm.engine.chat import Chat, ChatFormat, as_conversations, load_chat_format
 from distllm.engine.tokenizers import load_tokenizer
 from distllm.errors import CheckpointError, RequestError
 from tests.tokenizers import KINDS, byte_level, train_pieces, write_json
@@ -118,7 +118,7 @@ def chat_of(folder: Path, template: str | list[dict[str, str]] | None = None) ->
 
 def render(chat: ChatFormat, messages: Any, tools: Any = None, answer: bool = True, **variables: Any) -> Any:
     (messages,) = as_conversations(messages)
-    return chat.render(messages, tools=tools, add_generation_prompt=answer, variables=variables)
+    return chat.render(Chat(messages, tools, answer, variables))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
