@@ -16,11 +16,10 @@ from distllm.cli.progress import show_progress
 from distllm.cli.tables import print_table
 from distllm.engine.describe import describe
 from distllm.models.rope_spec import RopeSpec
-from distllm.models.spec import DecoderSpec, NormSpec
 from distllm.runtime.outputs import CompletionOutput, RequestOutput
+from tests.specs import llama_spec
 
-SPEC = DecoderSpec(
-    family="llama",
+SPEC = llama_spec(
     vocab_size=128256,
     hidden_size=4096,
     num_layers=32,
@@ -28,13 +27,7 @@ SPEC = DecoderSpec(
     num_kv_heads=8,
     head_dim=128,
     intermediate_size=14336,
-    activation="silu",
-    norm=NormSpec("rms", 1e-5),
     rope=RopeSpec(500000.0),
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    tied_embeddings=False,
     max_position_embeddings=131072,
     dtype="bfloat16",
 )

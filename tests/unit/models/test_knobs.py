@@ -28,27 +28,18 @@ from distllm.models.shards import slot_shapes
 from distllm.models.spec import DecoderSpec, NormSpec
 from distllm.parallel.layout import RankLayout
 from distllm.parallel.sharding import TensorShard, valid_tp_sizes
+from tests.specs import llama_spec
 from tests.unit.models.plain_decoder import PlainDecoder
 from tests.unit.models.stepping import run_layout
 
-BASE = DecoderSpec(
-    family="llama",
+BASE = llama_spec(
     vocab_size=23,
     hidden_size=20,
-    num_layers=2,
     num_heads=6,
-    num_kv_heads=2,
     head_dim=8,
     intermediate_size=27,
-    activation="silu",
-    norm=NormSpec("rms", 1e-5),
     rope=RopeSpec(1e3),
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    tied_embeddings=False,
     max_position_embeddings=64,
-    dtype="float32",
 )
 KNOBS: dict[str, list[dict[str, Any]]] = {
     "norm": [

@@ -7,32 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distllm.models.rope_spec import RopeSpec
-from distllm.models.spec import DecoderSpec, NormSpec
 from distllm.ops.bench.floors import Ceilings
 from distllm.ops.bench.kernel_cases import Case, StepCases
 from distllm.ops.bench.kernels import run_case
+from tests.specs import llama_spec
 
 CPU = torch.device("cpu")
-SPEC = DecoderSpec(
-    family="llama",
-    vocab_size=50,
-    hidden_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    intermediate_size=40,
-    activation="silu",
-    norm=NormSpec("rms", 1e-5),
-    rope=RopeSpec(10000.0),
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    tied_embeddings=False,
-    max_position_embeddings=128,
-    dtype="bfloat16",
-)
+SPEC = llama_spec(dtype="bfloat16")
 
 
 def cases(tp: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Case]:
