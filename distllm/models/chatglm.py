@@ -1,18 +1,79 @@
-"""ChatGLM2, ChatGLM3 and GLM-4-9B in the layout of their own code."""
+"""ChatGLM2, ChatGLM3 and GLM-4-9B in the layout of their own code: GLM under other names."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from distllm.errors import CheckpointError
+from distllm.models.checks import check_int, check_number
+from distllm.models.family import Family
+from distllm.models.hf_config import OFF, refuse, require
+from distllm.models.llama import read_llama_like
+from distllm.models.rope_spec import MAX_POSITION, RopeSpec
 from distllm.models.sources import GATE_UP, QKV, Stored, gate_up, stacked_qkv
+from distllm.models.spec import DecoderSpec
+
+KEYS = {  # Llama's, and what they are called here
+    "num_hidden_layers": "num_layers",
+    "vocab_size": "padded_vocab_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_key_value_heads": "multi_query_group_num",
+    "head_dim": "kv_channels",
+    "rms_norm_eps": "layernorm_epsilon",
+    "max_position_embeddings": "seq_length",
+}
+MUST_BE_ON = ("multi_query_attention", "original_rope", "post_layer_norm", "rmsnorm")
+MUST_BE_OFF = (
+    "apply_residual_connection_post_layernorm", "position_encoding_2d", "pre_seq_len", "quantization_bit",
+    "rope_scaling", "tie_word_embeddings", "vision_config",
+)  # fmt: skip
+NEUTRAL = {**dict.fromkeys(MUST_BE_OFF, OFF), **dict.fromkeys(MUST_BE_ON, (True,))}
+
+
+def read_config(config: dict[str, Any]) -> DecoderSpec:
+    refuse(config)
+    refuse({"multi_query_attention": False, **config}, neutral=NEUTRAL)
+    bias = config.get("add_bias_linear", False)
+    return read_llama_like(
+        {**config, **{name: require(config, key) for name, key in KEYS.items()}},
+        "chatglm",
+        rope=_read_rope(config),
+        activation="silu",
+        qkv_bias=bias or config.get("add_qkv_bias", False),
+        out_bias=bias,
+        mlp_bias=bias,
+    )
+
+
+def _read_rope(config: dict[str, Any]) -> RopeSpec:
+    """rope_ratio multiplies theta, and more than the window has grown; a smaller one is ChatGLM2-6B-32K's."""
+    ratio, head_dim, window = config.get("rope_ratio", 1), config["kv_channels"], config["seq_length"]
+    check_number("rope_ratio", ratio, 1.0, 1e6)
+    check_int("kv_channels", head_dim, 4, 2**12)
+    check_int("seq_length", window, 1, MAX_POSITION)
+    if 1 < ratio <= window / 2048:
+        raise CheckpointError(
+            f"rope_ratio {ratio} for {window} positions divides them, as in ChatGLM2-6B-32K; not supported"
+        )
+    return RopeSpec(1e4 * ratio, rotary_dim=head_dim // 2, interleaved=True)
+
 
 _LAYER = "transformer.encoder.layers.{n}"
-SLOTS = {
-    "embed": "transformer.embedding.word_embeddings",
-    "layers.{n}.attn_norm": f"{_LAYER}.input_layernorm",
-    **dict.fromkeys(QKV, Stored((f"{_LAYER}.self_attention.query_key_value",), stacked_qkv)),
-    "layers.{n}.attn.o": f"{_LAYER}.self_attention.dense",
-    "layers.{n}.mlp_norm": f"{_LAYER}.post_attention_layernorm",
-    **dict.fromkeys(GATE_UP, Stored((f"{_LAYER}.mlp.dense_h_to_4h",), gate_up)),
-    "layers.{n}.mlp.down": f"{_LAYER}.mlp.dense_4h_to_h",
-    "final_norm": "transformer.encoder.final_layernorm",
-    "head": "transformer.output_layer",
-}
+CHATGLM = Family(
+    "chatglm",
+    ("ChatGLMModel", "ChatGLMForConditionalGeneration"),
+    read_config,
+    slots={
+        "embed": "transformer.embedding.word_embeddings",
+        "layers.{n}.attn_norm": f"{_LAYER}.input_layernorm",
+        **dict.fromkeys(QKV, Stored((f"{_LAYER}.self_attention.query_key_value",), stacked_qkv)),
+        "layers.{n}.attn.o": f"{_LAYER}.self_attention.dense",
+        "layers.{n}.mlp_norm": f"{_LAYER}.post_attention_layernorm",
+        **dict.fromkeys(GATE_UP, Stored((f"{_LAYER}.mlp.dense_h_to_4h",), gate_up)),
+        "layers.{n}.mlp.down": f"{_LAYER}.mlp.dense_4h_to_h",
+        "final_norm": "transformer.encoder.final_layernorm",
+        "head": "transformer.output_layer",
+    },
+    models="ChatGLM2-6B, ChatGLM3-6B (8k, 32k, 128k), GLM-4-9B (128k, 1M)",
+    notes="not the first ChatGLM-6B, ChatGLM2-6B-32K or GLM-4V",
+)

@@ -23,6 +23,8 @@ class Family:
     architectures: tuple[str, ...]  # of config.json
     read_config: Callable[[dict[str, Any]], DecoderSpec]
     slots: Mapping[str, str | Stored]
+    models: str = ""  # that were released with it, and their sizes: for people, by `distllm models`
+    notes: str = ""  # what they should know of it
 
     def source(self, spec: DecoderSpec, slot: str, shape: tuple[int, ...]) -> Source:
         """Where a checkpoint keeps `layers.3.attn.q.weight` and the like; shape is the whole slot's."""

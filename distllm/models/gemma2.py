@@ -50,4 +50,5 @@ GEMMA2 = Family(
         "layers.{n}.mlp_norm": "model.layers.{n}.pre_feedforward_layernorm",
         "layers.{n}.mlp_post_norm": "model.layers.{n}.post_feedforward_layernorm",
     },
+    models="Gemma 2: 2B, 9B, 27B",
 )

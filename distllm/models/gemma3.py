@@ -32,4 +32,5 @@ GEMMA3 = Family(
         "layers.{n}.attn.q_norm": "model.layers.{n}.self_attn.q_norm",
         "layers.{n}.attn.k_norm": "model.layers.{n}.self_attn.k_norm",
     },
+    models="Gemma 3, text: 270M, 1B",
 )

@@ -8,7 +8,7 @@ rope_parameters {rope_theta, rope_type, …} and dtype. Numbers are bounded by D
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from distllm.errors import CheckpointError
@@ -29,6 +29,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "clip_qkv": NONE,
     "embedding_multiplier": ONE,
     "final_logit_softcapping": NONE,
+    "lm_head_bias": OFF,
     "logit_scale": ONE,
     "logits_scaling": ONE,
     "mlp_bias": OFF,
@@ -73,9 +74,13 @@ def require(config: Config, key: str) -> Any:
     return config[key]
 
 
-def refuse(config: Config, reads: tuple[str, ...] = ()) -> None:
-    """Raise if a key of NEUTRAL that the family does not read has a value with an effect."""
-    for key, harmless in NEUTRAL.items():
+def refuse(
+    config: Config, reads: tuple[str, ...] = (), neutral: Mapping[str, tuple[object, ...]] = NEUTRAL
+) -> None:
+    """Raise if a key that the family does not read has a value with an effect. neutral: of each key the
+    values without one; a family may have keys of its own.
+    """
+    for key, harmless in neutral.items():
         if key in config and key not in reads and config[key] not in harmless:
             raise CheckpointError(
                 f"{key} {reprlib.repr(config[key])} is not supported; only {', '.join(map(repr, harmless))}"

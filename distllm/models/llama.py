@@ -64,4 +64,5 @@ LLAMA = Family(
         "final_norm": "model.norm",
         "head": "lm_head",
     },
+    models="Llama 1, 2, 3, 3.1, 3.2 (text), 3.3: 1B to 405B; and what shares their layout",
 )

@@ -16,4 +16,10 @@ def read_config(config: dict[str, Any]) -> DecoderSpec:
     return read_llama_like(config, "mistral", windows=read_windows(config, window, lambda layer: True))
 
 
-MISTRAL = Family("mistral", ("MistralForCausalLM",), read_config, slots=LLAMA.slots)
+MISTRAL = Family(
+    "mistral",
+    ("MistralForCausalLM",),
+    read_config,
+    slots=LLAMA.slots,
+    models="Mistral 7B, Mistral-Nemo 12B, Mistral-Small 22B, 24B",
+)

@@ -25,4 +25,10 @@ def read_config(config: dict[str, Any]) -> DecoderSpec:
     return read_llama_like(config, "qwen2", qkv_bias=True, windows=read_upper_windows(config))
 
 
-QWEN2 = Family("qwen2", ("Qwen2ForCausalLM",), read_config, slots=LLAMA.slots)
+QWEN2 = Family(
+    "qwen2",
+    ("Qwen2ForCausalLM",),
+    read_config,
+    slots=LLAMA.slots,
+    models="Qwen1.5, Qwen2, Qwen2.5, QwQ: 0.5B to 72B",
+)

@@ -33,4 +33,5 @@ QWEN3 = Family(
         "layers.{n}.attn.q_norm": "model.layers.{n}.self_attn.q_norm",
         "layers.{n}.attn.k_norm": "model.layers.{n}.self_attn.k_norm",
     },
+    models="Qwen3: 0.6B to 32B",
 )

@@ -7,23 +7,39 @@ from difflib import get_close_matches
 from typing import Any
 
 from distllm.errors import CheckpointError
+from distllm.models.chatglm import CHATGLM
 from distllm.models.family import Family
 from distllm.models.gemma2 import GEMMA2
 from distllm.models.gemma3 import GEMMA3
+from distllm.models.glm import GLM, GLM4
 from distllm.models.llama import LLAMA
 from distllm.models.mistral import MISTRAL
+from distllm.models.phi3 import PHI3
 from distllm.models.qwen2 import QWEN2
 from distllm.models.qwen3 import QWEN3
 from distllm.models.spec import DecoderSpec
 from distllm.models.starcoder2 import STARCODER2
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2, GEMMA2, GEMMA3)
+FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    STARCODER2,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    GLM,
+    GLM4,
+    CHATGLM,
+)
 
 # What DecoderSpec cannot say yet, by a part of the architecture's name.
 MISSING = {
     "Moe": "a mixture of experts",
     "Mixtral": "a mixture of experts",
     "Deepseek": "multi-head latent attention",
+    "Phi3Small": "block-sparse attention",
     "Mamba": "a state space in place of attention",
     "ForConditionalGeneration": "inputs other than text",
     "ForSequenceClassification": "a head that classifies",

@@ -39,4 +39,5 @@ STARCODER2 = Family(
         "layers.{n}.mlp.up": "model.layers.{n}.mlp.c_fc",
         "layers.{n}.mlp.down": "model.layers.{n}.mlp.c_proj",
     },
+    models="StarCoder2: 3B, 7B, 15B",
 )

@@ -159,7 +159,7 @@ GLM_LAYER = "transformer.encoder.layers.{n}."
 NEW = {"new_decoder_architecture": True, "bias": False, "tie_word_embeddings": False}
 CASES = {
     "phi3": Case(
-        phi3.SLOTS,
+        phi3.PHI3.slots,
         transformer("Phi3ForCausalLM", "Phi3Config", **SIZES, num_key_value_heads=2),
         kv=2,
         rest=LLAMA_LIKE,
@@ -258,7 +258,7 @@ CASES = {
         dtype=torch.float16,
     ),
     "chatglm": Case(
-        chatglm.SLOTS,
+        chatglm.CHATGLM.slots,
         by_hand(
             "ChatGLMModel",
             {

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests import renamed
+from tests.renamed import Renaming
+
 SIZES: dict[str, Any] = {
     "vocab_size": 67,
     "hidden_size": 32,
@@ -18,17 +21,20 @@ SIZES: dict[str, Any] = {
 }
 LLAMA_LIKE = {"hidden_act": "silu", "rms_norm_eps": 1e-3, "tie_word_embeddings": False}
 
+LONG_FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+
 
 @dataclass(frozen=True)
 class FamilyCase:
     """options: of transformers' config class. hub: what the file has beside SIZES; a change to ... takes one
-    of these away.
+    of these away. renaming: from transformers' checkpoint to the family's, where it has no class for it.
     """
 
     model_type: str
     architecture: str
     options: dict[str, Any]
     hub: dict[str, Any] = field(default_factory=dict)
+    renaming: Renaming | None = None
 
     def hub_config(self) -> dict[str, Any]:
         names = {"architectures": [self.architecture], "model_type": self.model_type}
@@ -181,5 +187,107 @@ CASES: dict[str, FamilyCase] = {
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
             "rms_norm_eps": 1e-3,
         },
+    ),
+    "phi3": FamilyCase(
+        "phi3",
+        "Phi3ForCausalLM",
+        {"rms_norm_eps": 1e-3, "sliding_window": 8, "pad_token_id": 0},
+        {
+            **LLAMA_LIKE,
+            "attention_bias": False,
+            "original_max_position_embeddings": 128,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "sliding_window": 8,
+        },
+    ),
+    "phi3, longrope": FamilyCase(  # Phi-4-mini
+        "phi3",
+        "Phi3ForCausalLM",
+        {
+            "hidden_size": 64,
+            "rms_norm_eps": 1e-3,
+            "pad_token_id": 0,
+            "sliding_window": 262144,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+            | LONG_FACTORS,
+        },
+        {
+            **LLAMA_LIKE,
+            "hidden_size": 64,
+            "attention_bias": False,
+            "full_attn_mod": 1,
+            "interpolate_factor": 1,
+            "lm_head_bias": False,
+            "mlp_bias": False,
+            "original_max_position_embeddings": 64,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {"type": "longrope", **LONG_FACTORS},
+            "rope_theta": 10000.0,
+            "sliding_window": 262144,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm": FamilyCase(
+        "glm",
+        "GlmForCausalLM",
+        {"head_dim": 12, "rms_norm_eps": 1e-3, "pad_token_id": 0, "attention_bias": True},
+        {**LLAMA_LIKE, "head_dim": 12, "attention_bias": True, "rope_theta": 10000.0},
+    ),
+    "glm, tied": FamilyCase(
+        "glm",
+        "GlmForCausalLM",
+        {"head_dim": 8, "rms_norm_eps": 1e-3, "pad_token_id": 0, "tie_word_embeddings": True}
+        | {"attention_bias": False, "rope_parameters": {"rope_theta": 1e5, "partial_rotary_factor": 1.0}},
+        {**LLAMA_LIKE, "head_dim": 8, "attention_bias": False, "tie_word_embeddings": True}
+        | {"partial_rotary_factor": 1.0, "rope_theta": 1e5},
+    ),
+    "glm4": FamilyCase(
+        "glm4",
+        "Glm4ForCausalLM",
+        {"head_dim": 12, "rms_norm_eps": 1e-3, "pad_token_id": 0, "attention_bias": True},
+        {**LLAMA_LIKE, "head_dim": 12, "attention_bias": True, "partial_rotary_factor": 0.5}
+        | {"rope_theta": 10000.0},
+    ),
+    "glm4, no biases": FamilyCase(  # GLM-4-32B-0414
+        "glm4",
+        "Glm4ForCausalLM",
+        {"head_dim": 12, "rms_norm_eps": 1e-3, "pad_token_id": 0, "attention_bias": False},
+        {**LLAMA_LIKE, "head_dim": 12, "attention_bias": False, "partial_rotary_factor": 0.5},
+    ),
+    "chatglm": FamilyCase(
+        "glm",
+        "ChatGLMForConditionalGeneration",
+        {"head_dim": 12, "rms_norm_eps": 1e-3, "pad_token_id": 0, "attention_bias": True}
+        | {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+        {
+            **dict.fromkeys(("vocab_size", "intermediate_size", "num_key_value_heads"), ...),
+            **dict.fromkeys(("num_hidden_layers", "max_position_embeddings"), ...),
+            "model_type": "chatglm",
+            "add_bias_linear": False,
+            "add_qkv_bias": True,
+            "apply_query_key_layer_scaling": True,
+            "apply_residual_connection_post_layernorm": False,
+            "attention_softmax_in_fp32": True,
+            "ffn_hidden_size": 45,
+            "fp32_residual_connection": False,
+            "kv_channels": 12,
+            "layernorm_epsilon": 1e-3,
+            "multi_query_attention": True,
+            "multi_query_group_num": 2,
+            "num_layers": 3,
+            "original_rope": True,
+            "padded_vocab_size": 67,
+            "post_layer_norm": True,
+            "pre_seq_len": None,
+            "quantization_bit": 0,
+            "rmsnorm": True,
+            "rope_ratio": 50,
+            "seq_length": 128,
+            "tie_word_embeddings": False,
+        },
+        renaming=renamed.CHATGLM,
     ),
 }

@@ -16,17 +16,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from distllm import LLM, SamplingParams
 from distllm.comm.local import LocalControl, run_ranks
 from distllm.engine import build_engine, load_weights, open_source, read_spec
 from distllm.errors import CheckpointError
 from distllm.models.decoder import Decoder
+from distllm.models.glm import DEFAULTS as GLM_DEFAULTS
 from distllm.models.registry import FAMILIES, family_named, parse_config
+from distllm.models.rope_spec import RopeSpec
 from distllm.models.shards import shard_table, slot_shapes
 from distllm.parallel.layout import RankLayout
 from tests.checkpoints import greedy_reference, make_llama, make_model
-from tests.unit.models.family_cases import CASES, SIZES
+from tests.unit.models.family_cases import CASES, LONG_FACTORS, SIZES
 from tests.unit.models.stepping import run_layout
 
 TOLERANCE = 2e-4
@@ -40,15 +43,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     made = {}
     for number, (name, case) in enumerate(CASES.items()):
         folder = root / str(number)
-        made[name] = folder, make_model(folder, case.model_type, seed=number, **(SIZES | case.options))
+        saved = folder / "oracle" if case.renaming else folder
+        made[name] = folder, make_model(saved, case.model_type, seed=number, **(SIZES | case.options))
+        if case.renaming:
+            case.renaming.save(saved, folder)
     return made
 
 
-def with_hub_config(folder: Path, to: Path, name: str) -> Path:
+def with_hub_config(folder: Path, to: Path, name: str, **changes: Any) -> Path:
     """The same weights under the other config.json."""
     to.mkdir()
     shutil.copy(folder / "model.safetensors", to)
-    (to / "config.json").write_text(json.dumps(CASES[name].hub_config()))
+    (to / "config.json").write_text(json.dumps(CASES[name].hub_config() | changes))
     return to
 
 
@@ -72,15 +78,13 @@ def test_logits(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, name: 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_has_its_slot(checkpoints: dict[str, tuple[Path, Any]], name: str) -> None:
-    folder, model = checkpoints[name]
+    folder, _ = checkpoints[name]
     spec = read_spec(folder)
     family = family_named(spec.family)
     sources = [family.source(spec, slot, shape) for slot, shape in slot_shapes(spec).items()]
     found = {source.names[0]: source.shape for source in sources}
-    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if spec.tied_embeddings:
-        del stored["lm_head.weight"]
-    assert found == stored
+    tensors = load_file(folder / "model.safetensors")
+    assert found == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 PROMPT_LENGTHS = (3, 19, 30)
@@ -109,6 +113,10 @@ GREEDY: dict[str, list[tuple[int, int]]] = {
     "starcoder2": [(4, 1)],
     "gemma2": LAYOUTS,
     "gemma3": [(2, 2)],
+    "phi3": [(4, 1)],
+    "glm": [(2, 2)],
+    "glm4": [(4, 1)],
+    "chatglm": LAYOUTS,
 }
 
 
@@ -158,6 +166,19 @@ def test_ropes_within_and_beyond_the_original_window(tmp_path: Path, name: str, 
     assert max_error(tmp_path, model, RankLayout(), (length,)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+@pytest.mark.parametrize("length", [60, 70], ids=["within", "beyond"])
+def test_phi_3_within_and_beyond_the_original_window(
+    checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, kind: str, length: int
+) -> None:
+    """Of a part of each head, and under the names that older files have for it."""
+    folder, model = checkpoints["phi3, longrope"]
+    hub = with_hub_config(
+        folder, tmp_path / "hub", "phi3, longrope", rope_scaling={"type": kind, **LONG_FACTORS}
+    )
+    assert max_error(hub, model, RankLayout(), (length,)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("length", [20, 70], ids=["within", "beyond"])
 def test_dynamic_rope_is_that_of_the_longest_sequence(tmp_path: Path, length: int) -> None:
     rope = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}
@@ -190,6 +211,11 @@ def test_names_are_one_family_s_own() -> None:
     assert len(names) == len(set(names))
 
 
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A change to ... takes the key away."""
+    return {key: value for key, value in (config | changes).items() if value is not ...}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "text"),
     [
@@ -207,11 +233,43 @@ def test_names_are_one_family_s_own() -> None:
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ("gemma3", {"rope_local_base_freq": "low"}, "rope_theta is 'low'"),
+        ("phi3", {"lm_head_bias": True}, "lm_head_bias True is not supported"),
+        ("phi3", {"sliding_window": -1}, "sliding_window is -1"),
+        ("phi3, longrope", {"partial_rotary_factor": 1.0}, "6 longrope factors for 8 pairs"),
+        ("phi3, longrope", {"head_dim": 32}, "6 longrope factors for 12 pairs"),
+        ("glm", {"attention_bias": "no"}, "qkv_bias is 'no'"),
+        ("glm", {"mlp_bias": True}, "mlp_bias True is not supported"),
+        ("glm4", {"partial_rotary_factor": 0.25}, "rotary_dim is 3"),
+        ("chatglm", {"rmsnorm": False}, "rmsnorm False is not supported; only True"),
+        ("chatglm", {"post_layer_norm": False}, "post_layer_norm False is not supported; only True"),
+        ("chatglm", {"multi_query_attention": False}, "multi_query_attention False is not supported"),
+        ("chatglm", {"multi_query_attention": ...}, "multi_query_attention False is not supported"),
+        (
+            "chatglm",
+            {"apply_residual_connection_post_layernorm": True},
+            "post_layernorm True is not supported",
+        ),
+        ("chatglm", {"original_rope": False}, "original_rope False is not supported; only True"),
+        ("chatglm", {"position_encoding_2d": True}, "position_encoding_2d True is not supported"),
+        ("chatglm", {"quantization_bit": 4}, "quantization_bit 4 is not supported"),
+        ("chatglm", {"pre_seq_len": 128}, "pre_seq_len 128 is not supported"),
+        ("chatglm", {"vision_config": {"depth": 2}}, "vision_config .* is not supported"),
+        ("chatglm", {"tie_word_embeddings": True}, "tie_word_embeddings True is not supported"),
+        ("chatglm", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling .* is not supported"),
+        (
+            "chatglm",
+            {"rope_ratio": 16, "seq_length": 32768},
+            "rope_ratio 16 for 32768 .* as in ChatGLM2-6B-32K",
+        ),
+        ("chatglm", {"rope_ratio": None}, "rope_ratio is None"),
+        ("chatglm", {"kv_channels": 14}, "rotary_dim is 7"),
+        ("chatglm", {"padded_vocab_size": ...}, "padded_vocab_size is missing"),
+        ("chatglm", {"add_qkv_bias": 3}, "qkv_bias is 3"),
     ],
 )
 def test_refused(name: str, changes: dict[str, Any], text: str) -> None:
     with pytest.raises(CheckpointError, match=text) as caught:
-        parse_config(CASES[name].hub_config() | changes)
+        parse_config(changed(CASES[name].hub_config(), changes))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
@@ -238,3 +296,29 @@ def test_released_defaults() -> None:
     assert parse_config(config.hub_config()).windows == (4096,) * 3
     assert parse_config(CASES["starcoder2"].hub_config()).tied_embeddings
     assert parse_config(CASES["gemma2"].hub_config()).tied_embeddings
+    glm = parse_config(changed(CASES["glm"].hub_config(), dict.fromkeys(GLM_DEFAULTS, ...)))
+    assert (glm.head_dim, glm.num_kv_heads, glm.qkv_bias, glm.rope and glm.rope.rotary_dim) == (
+        128,
+        2,
+        True,
+        64,
+    )
+
+
+@pytest.mark.parametrize("architecture", ["ChatGLMModel", "ChatGLMForConditionalGeneration"])
+def test_both_architectures_of_chatglm(architecture: str) -> None:
+    config = CASES["chatglm"].hub_config() | {"architectures": [architecture]}
+    assert parse_config(config).family == "chatglm"
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "ratio", "theta"),
+    [(8192, ..., 1e4), (32768, 50, 5e5), (131072, 500, 5e6), (1048576, 10000, 1e8)],
+    ids=["chatglm3-6b", "chatglm3-6b-32k", "glm-4-9b-chat", "glm-4-9b-chat-1m"],
+)
+def test_windows_of_chatglm(seq_length: int, ratio: Any, theta: float) -> None:
+    spec = parse_config(
+        changed(CASES["chatglm"].hub_config(), {"seq_length": seq_length, "rope_ratio": ratio})
+    )
+    assert spec.rope == RopeSpec(theta, rotary_dim=6, interleaved=True)
+    assert spec.max_position_embeddings == seq_length
