@@ -1,9 +1,10 @@
 """Checkpoints of every family, of odd and real shapes, what transformers makes of them, and how far off one
-may be.
+may be. A family without a case fails tests/unit/models/test_gpu_cases.py.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import make_model
+from distllm.models.registry import parse_config
+from distllm.models.spec import DecoderSpec
+from tests import renamed
+from tests.checkpoints import SIZES, make_model
+from tests.renamed import Renaming
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -30,7 +35,8 @@ BASE: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 WINDOW = 48  # shorter than the two longest texts
-VARIANTS: dict[str, dict[str, Any]] = {  # Llama where there is no model_type
+# Of transformers' configuration, Llama's where there is no model_type. renaming: to a layout that it has not.
+VARIANTS: dict[str, dict[str, Any]] = {
     "gqa-64": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
     "mha-128": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128},
     "llama3-128": {
@@ -105,6 +111,53 @@ VARIANTS: dict[str, dict[str, Any]] = {  # Llama where there is no model_type
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "tie_word_embeddings": True,
     },
+    "phi3-96": {
+        "model_type": "phi3",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "hidden_size": 384,
+        "sliding_window": WINDOW,
+        "pad_token_id": 0,
+    },
+    "phi4-mini-128": {  # 96 of the 128 turn
+        "model_type": "phi3",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 512,
+        "original_max_position_embeddings": 384,  # above all texts: the oracle decides for each text
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + pair / 100 for pair in range(48)],
+            "long_factor": [1.0 + pair for pair in range(48)],
+        },
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    },
+    "glm-128": {
+        "model_type": "glm",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "pad_token_id": 0,
+    },
+    "glm4-128": {
+        "model_type": "glm4",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "pad_token_id": 0,
+    },
+    "chatglm-128": {
+        "model_type": "glm",
+        "renaming": renamed.CHATGLM,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rope_parameters": {"rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        "pad_token_id": 0,
+    },
 }
 SEED = 5
 # Run as whole prompts, chunks and decode steps (stepping.random_steps). The longest is split when it decodes.
@@ -136,12 +189,29 @@ def logits_of(folder: Path, dtype: torch.dtype, device: torch.device) -> list[to
     return [model(torch.tensor([text], device=device)).logits[0].double().cpu() for text in texts()]
 
 
+def variant(name: str) -> tuple[str, Renaming | None, dict[str, Any]]:
+    """Model type, renaming, options."""
+    options = {"model_type": "llama", "renaming": None, **BASE, **VARIANTS[name]}
+    return options.pop("model_type"), options.pop("renaming"), options
+
+
+def spec_of(name: str) -> DecoderSpec:
+    """Without weights."""
+    from transformers import AutoConfig
+
+    model_type, renaming, options = variant(name)
+    config = json.loads(AutoConfig.for_model(model_type, **(SIZES | options)).to_json_string(use_diff=False))
+    return parse_config(renaming.config(config) if renaming else config)
+
+
 def make_case(folder: Path, name: str, device: torch.device) -> Case:
-    options = {"model_type": "llama", **BASE, **VARIANTS[name]}
-    model = make_model(folder, options.pop("model_type"), seed=len(name), **options)
-    model.bfloat16().save_pretrained(folder)
-    theirs = {dtype: logits_of(folder, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
-    return Case(folder, logits_of(folder, torch.float64, device), theirs)
+    model_type, renaming, options = variant(name)
+    saved = folder / "oracle" if renaming else folder
+    make_model(saved, model_type, seed=len(name), **options).bfloat16().save_pretrained(saved)
+    if renaming:
+        renaming.save(saved, folder)
+    theirs = {dtype: logits_of(saved, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
+    return Case(folder, logits_of(saved, torch.float64, device), theirs)
 
 
 def logits_file(folder: Path, tp: int, pp: int, dtype: torch.dtype) -> Path:
