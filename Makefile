@@ -11,7 +11,7 @@ GPU_PYTHON := $(shell command -v python3)
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint unit gpu-test gpu-sanitize clean
+.PHONY: demo test lint unit docs gpu-test gpu-sanitize clean
 
 demo: .venv/ready
 	launch/mpirun.sh -n 4 python examples/demo.py
@@ -21,6 +21,10 @@ test: lint .mpich/ready
 
 unit: .venv/ready
 	pytest tests/unit -m "not slow"
+
+# Through a variable: a failing command must not leave an empty document.
+docs: .venv/ready
+	text="$$(distllm models --markdown)" && printf '%s\n' "$$text" > docs/models.md
 
 gpu-test:
 	$(GPU_PYTHON) -m pytest tests/gpu tests/kernels

@@ -17,6 +17,7 @@ from distllm.cli.bench import bench
 from distllm.cli.build import build
 from distllm.cli.env import show_env
 from distllm.cli.generate import generate
+from distllm.cli.models import models
 from distllm.cli.plan import plan
 from distllm.comm import fatal
 from distllm.errors import UserError
@@ -37,7 +38,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (generate, build, plan, bench, show_env):
+for command in (generate, build, plan, models, bench, show_env):
     cli.add_command(command)
 
 

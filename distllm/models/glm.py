@@ -37,9 +37,8 @@ GLM = Family(
     ("GlmForCausalLM",),
     lambda config: _read(config, "glm", post_norms=False),
     SLOTS,
-    models="GLM-4-9B (`-hf`), GLM-Edge: 1.5B, 4B, 9B",
-    notes="`glm-4-9b-chat-hf` has rope_theta 10000 where the same weights as `chatglm` have 5000000; "
-    "it is read as written",
+    models="GLM-4-9B-hf, GLM-Edge: 1.5B, 4B, 9B",
+    notes="glm-4-9b-chat-hf says rope_theta 10000, the same model as chatglm 5000000; both as written",
 )
 GLM4 = Family(
     "glm4",

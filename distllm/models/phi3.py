@@ -29,5 +29,5 @@ PHI3 = Family(
         **dict.fromkeys(GATE_UP, Stored(("model.layers.{n}.mlp.gate_up_proj",), gate_up)),
     },
     models="Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini: 3.8B, 14B",
-    notes="longrope by `max_model_len`: see adding-a-model.md",
+    notes="longrope goes by max_model_len: adding-a-model.md",
 )

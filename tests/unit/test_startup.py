@@ -52,6 +52,11 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded_by(code) & HEAVY
 
 
+def test_models_load_nothing_heavy() -> None:
+    code = "from distllm.cli.main import cli; cli.main(['models'], standalone_mode=False)"
+    assert not loaded_by(code) & HEAVY
+
+
 def test_plain_python_half_of_the_runtime_loads_no_torch() -> None:
     modules = ", ".join(f"distllm.runtime.{name}" for name in PLAIN)
     assert not loaded_by(f"import {modules}") & HEAVY - {"numpy"}
