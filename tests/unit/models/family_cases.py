@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+
+from tests.checkpoints import Tensors, make_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67,
@@ -23,12 +30,28 @@ LLAMA_LIKE = {"hidden_act": "silu", "rms_norm_eps": 1e-3, "tie_word_embeddings":
 class FamilyCase:
     """options: of transformers' config class. hub: what the file has beside SIZES; a change to ... takes one
     of these away.
+
+    Where transformers has no class for the family, model_type is that of a class that computes the same, and
+    `store` gives a checkpoint's tensors from its tensors. `adapt` makes that model, once they are stored,
+    into the reference.
     """
 
     model_type: str
     architecture: str
     options: dict[str, Any]
     hub: dict[str, Any] = field(default_factory=dict)
+    store: Callable[[Tensors], Tensors] | None = None
+    adapt: Callable[[Any], None] | None = None
+
+    def make(self, folder: Path, seed: int) -> Any:
+        """Fill the folder and return the reference."""
+        model = make_model(folder, self.model_type, seed=seed, **(SIZES | self.options))
+        if self.store:
+            save_file(self.store(dict(model.state_dict())), folder / "model.safetensors")
+            (folder / "config.json").write_text(json.dumps(self.hub_config()))
+        if self.adapt:
+            self.adapt(model)
+        return model
 
     def hub_config(self) -> dict[str, Any]:
         names = {"architectures": [self.architecture], "model_type": self.model_type}

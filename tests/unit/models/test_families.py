@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from distllm import LLM, SamplingParams
 from distllm.comm.local import LocalControl, run_ranks
@@ -25,10 +26,13 @@ from distllm.models.decoder import Decoder
 from distllm.models.registry import FAMILIES, family_named, parse_config
 from distllm.models.shards import shard_table, slot_shapes
 from distllm.parallel.layout import RankLayout
-from tests.checkpoints import greedy_reference, make_llama, make_model
-from tests.unit.models.family_cases import CASES, SIZES
+from tests.checkpoints import greedy_reference, make_llama
+from tests.unit.models import family_cases
+from tests.unit.models.family_cases import SIZES
+from tests.unit.models.older_cases import OLDER_CASES
 from tests.unit.models.stepping import run_layout
 
+CASES = family_cases.CASES | OLDER_CASES
 TOLERANCE = 2e-4
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]
 LENGTHS = (1, 5, 40, 23)  # some shorter than the window of 8, some longer
@@ -40,7 +44,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     made = {}
     for number, (name, case) in enumerate(CASES.items()):
         folder = root / str(number)
-        made[name] = folder, make_model(folder, case.model_type, seed=number, **(SIZES | case.options))
+        made[name] = folder, case.make(folder, seed=number)
     return made
 
 
@@ -72,14 +76,15 @@ def test_logits(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, name: 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_has_its_slot(checkpoints: dict[str, tuple[Path, Any]], name: str) -> None:
-    folder, model = checkpoints[name]
+    folder, _ = checkpoints[name]
     spec = read_spec(folder)
     family = family_named(spec.family)
     sources = [family.source(spec, slot, shape) for slot, shape in slot_shapes(spec).items()]
-    found = {source.names[0]: source.shape for source in sources}
-    stored = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if spec.tied_embeddings:
-        del stored["lm_head.weight"]
+    tensors = load_file(folder / "model.safetensors")
+    stored = {
+        name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.endswith(".attn.bias")
+    }
+    found = {next(filter(stored.__contains__, source.names)): source.shape for source in sources}
     assert found == stored
 
 
@@ -109,6 +114,13 @@ GREEDY: dict[str, list[tuple[int, int]]] = {
     "starcoder2": [(4, 1)],
     "gemma2": LAYOUTS,
     "gemma3": [(2, 2)],
+    "falcon 7b": LAYOUTS,
+    "falcon 40b": [(4, 1)],
+    "falcon rw": [(2, 2)],
+    "gpt2": LAYOUTS,
+    "baichuan 7b": [(2, 2)],
+    "baichuan2 13b": LAYOUTS,
+    "qwen": LAYOUTS,
 }
 
 
