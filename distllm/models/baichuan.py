@@ -12,7 +12,7 @@ from typing import Any
 from distllm.errors import CheckpointError
 from distllm.models.checks import check_int
 from distllm.models.family import Family
-from distllm.models.hf_config import refuse, renamed, require
+from distllm.models.hf_config import refuse, require
 from distllm.models.hf_rope import read_rope
 from distllm.models.llama import LLAMA, read_llama_like
 from distllm.models.sources import QKV, Stored, stacked_qkv
@@ -27,8 +27,9 @@ VOCAB_SIZE_2 = (
 def read_config(config: dict[str, Any]) -> DecoderSpec:
     refuse(config)
     alibi = _has_alibi(config)
+    window = require(config, "model_max_length" if alibi else WINDOW)
     return read_llama_like(
-        renamed(config, {"model_max_length": WINDOW}) if alibi else config,
+        {**config, WINDOW: window},
         "baichuan",
         rope=None if alibi else read_rope(config),
         alibi_scale=1.0 if alibi else None,

@@ -29,7 +29,7 @@ NAMES = {
 def read_config(config: dict[str, Any]) -> DecoderSpec:
     refuse(config, reads=TRICKS)
     config = {"torch_dtype": "bfloat16", **renamed(config, NAMES)}  # files do not say it
-    require(config, "head_dim")
+    require(config, "kv_channels")
     width, bias = require(config, "intermediate_size"), not read_flag(config, "no_bias", True)
     check_int("intermediate_size", width, 2, 2**20)
     window = _window(config)

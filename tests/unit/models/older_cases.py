@@ -18,6 +18,7 @@ FALCON: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 FALCON_HUB = {**NO_LLAMA, **FALCON, "alibi": False, "bias": False, "activation": "gelu"}
+SEVENTY_ONE_HEADS = {"hidden_size": 284, "num_attention_heads": 71}
 NEW_FALCON: dict[str, Any] = {"new_decoder_architecture": True, "layer_norm_epsilon": 1e-3, "num_kv_heads": 2}
 RW: dict[str, Any] = {
     "alibi": True,
@@ -66,8 +67,8 @@ OLDER_CASES: dict[str, FamilyCase] = {
     "falcon 7b": FamilyCase(
         "falcon",
         "FalconForCausalLM",
-        FALCON,
-        {**FALCON_HUB, "multi_query": True, "parallel_attn": True, "num_kv_heads": 7},
+        {**FALCON, **SEVENTY_ONE_HEADS},
+        {**FALCON_HUB, **SEVENTY_ONE_HEADS, "multi_query": True, "parallel_attn": True, "num_kv_heads": 71},
     ),
     "falcon 7b, first release": FamilyCase(
         "falcon",
