@@ -26,7 +26,7 @@ def read_config(config: dict[str, Any]) -> DecoderSpec:
         {**config, "num_key_value_heads": None, "intermediate_size": read_width(config, "n_inner")},
         "gpt2",
         norm=NormSpec("layer", require(config, "layer_norm_epsilon")),
-        activation=read_activation({"activation_function": "gelu_new", **config}, "activation_function"),
+        activation=read_activation(config, "activation_function"),
         gated=False,
         rope=None,
         learned_positions=0,

@@ -122,6 +122,7 @@ def read_activation(config: Config, key: str = "hidden_act") -> Activation:
 def read_head_dim(config: Config) -> int:
     """head_dim, by itself or as hidden_size / num_attention_heads."""
     if config.get("head_dim") is not None:
+        check_int("head_dim", config["head_dim"], 1, 2**12)
         return cast(int, config["head_dim"])
     hidden, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
     check_int("num_attention_heads", heads, 1, 2**12)

@@ -197,4 +197,17 @@ OLDER_CASES: dict[str, FamilyCase] = {
         QWEN,
         store=oracles.qwen,
     ),
+    "qwen, biases": FamilyCase(
+        "llama",
+        "QWenLMHeadModel",
+        {
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-3,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_theta": 1e6},
+        },
+        {**QWEN, "kv_channels": 8, "no_bias": False, "rotary_emb_base": 1000000},
+        store=oracles.qwen,
+    ),
 }

@@ -27,7 +27,7 @@ def baichuan(tensors: Tensors) -> Tensors:
 
 
 def qwen(tensors: Tensors) -> Tensors:
-    """Of Qwen2's."""
+    """Of Qwen2's, or Llama's with biases."""
     tensors = fused(tensors, "self_attn.{}_proj.weight", "attn.c_attn.weight")
     tensors = fused(tensors, "self_attn.{}_proj.bias", "attn.c_attn.bias")
     return {qwen_name(name): tensor for name, tensor in tensors.items()}

@@ -228,6 +228,7 @@ def test_names_are_one_family_s_own() -> None:
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention True is not"),
         ("gpt2", {"activation_function": "mish"}, "activation_function is 'mish'"),
         ("gpt2", {"n_embd": {}}, "hidden_size is {}"),
+        ("falcon rw", {"head_dim": "x"}, "head_dim is 'x'"),
         ("baichuan 7b", {"hidden_size": 5120}, "5120 is that of 13B, max_position_embeddings 128 that of 7B"),
         (
             "baichuan 13b",

@@ -166,6 +166,11 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"seq_length": 2048},
         {"intermediate_size": 11008, "max_position_embeddings": 2048, "num_layers": 32, "num_kv_heads": 32},
     ),
+    "qwen-7b, both names": (QWEN_7B | {"padded_vocab_size": 152064}, {"vocab_size": 152064}),
+    "qwen, part of a head turns": (
+        QWEN_7B | {"rotary_pct": 0.25},
+        {"rope": RopeSpec(10000.0, rotary_dim=32)},
+    ),
     "qwen, tricks off": (
         QWEN_7B | {"use_dynamic_ntk": False, "use_logn_attn": False, "no_bias": False},
         {"max_position_embeddings": 32768, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
