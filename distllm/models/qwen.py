@@ -25,6 +25,10 @@ NAMES = {
     "padded_vocab_size": "vocab_size",
 }
 
+# Both begin beyond seq_length, where the first turns all keys by the length that a sequence has reached: the
+# cached ones of a growing sequence would need to be computed again.
+TRICKS = ("use_dynamic_ntk", "use_logn_attn")
+
 
 def read_config(config: dict[str, Any]) -> DecoderSpec:
     refuse(config, reads=TRICKS)
@@ -41,11 +45,6 @@ def read_config(config: dict[str, Any]) -> DecoderSpec:
         out_bias=bias,
         mlp_bias=bias,
     )
-
-
-# Both begin beyond seq_length, where the first turns all keys by the length that a sequence has reached: the
-# cached ones of a growing sequence would need to be computed again.
-TRICKS = ("use_dynamic_ntk", "use_logn_attn")
 
 
 def _window(config: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ may be.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_model
+from tests.unit.models import oracles
+from tests.unit.models.family_cases import FamilyCase
+from tests.unit.models.older_cases import BAICHUAN_13B, QWEN
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -105,7 +109,64 @@ VARIANTS: dict[str, dict[str, Any]] = {  # Llama where there is no model_type
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "tie_word_embeddings": True,
     },
+    # RW is left out: beyond position 256 transformers rounds its alibi, in any dtype. Baichuan brings alibi.
+    "falcon-64": {
+        "model_type": "falcon",
+        "num_attention_heads": 7,
+        "hidden_size": 448,
+        "tie_word_embeddings": True,
+    },
+    "falcon-new-64": {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_attention_heads": 8,
+        "num_kv_heads": 2,
+        "hidden_size": 512,
+    },
+    "gpt2-64": {
+        "model_type": "gpt2",
+        "n_embd": 256,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 512,
+        "tie_word_embeddings": True,
+    },
 }
+# What transformers has no class for.
+STORED = {
+    "baichuan2-128": FamilyCase(
+        "llama",
+        "BaichuanForCausalLM",
+        {"num_attention_heads": 12, "num_key_value_heads": 12, "hidden_size": 1536},
+        {
+            **BASE,
+            **BAICHUAN_13B,
+            "num_attention_heads": 12,
+            "hidden_size": 1536,
+            "model_max_length": 512,
+            "rms_norm_eps": 1e-6,
+            "z_loss_weight": 0,
+        },
+        store=oracles.baichuan,
+        adapt=oracles.normalize_head_and_put_alibi,
+    ),
+    "qwen-128": FamilyCase(
+        "qwen2",
+        "QWenLMHeadModel",
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 512},
+        {
+            **BASE,
+            **QWEN,
+            "hidden_size": 512,
+            "intermediate_size": 2 * BASE["intermediate_size"],
+            "kv_channels": 128,
+            "layer_norm_epsilon": 1e-6,
+            "seq_length": 512,
+        },
+        store=oracles.qwen,
+    ),
+}
+VARIANTS |= {name: {"model_type": case.model_type, **case.options} for name, case in STORED.items()}
 SEED = 5
 # Run as whole prompts, chunks and decode steps (stepping.random_steps). The longest is split when it decodes.
 TEXT_LENGTHS = (1, 19, 83, 300)
@@ -126,22 +187,33 @@ def texts(vocab_size: int = BASE["vocab_size"]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def logits_of(folder: Path, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+def logits_of(
+    folder: Path, dtype: torch.dtype, device: torch.device, adapt: Callable[[Any], None] | None
+) -> list[torch.Tensor]:
     """Loaded in this dtype, not cast to it: a cast would round the rope frequencies too."""
     from transformers import AutoModelForCausalLM
 
     # eager: the others leave softcaps out
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     model = model.to(device).eval()
+    if adapt:
+        adapt(model)
     return [model(torch.tensor([text], device=device)).logits[0].double().cpu() for text in texts()]
 
 
 def make_case(folder: Path, name: str, device: torch.device) -> Case:
     options = {"model_type": "llama", **BASE, **VARIANTS[name]}
-    model = make_model(folder, options.pop("model_type"), seed=len(name), **options)
-    model.bfloat16().save_pretrained(folder)
-    theirs = {dtype: logits_of(folder, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
-    return Case(folder, logits_of(folder, torch.float64, device), theirs)
+    stored = STORED.get(name)
+    source = folder / "transformers" if stored else folder
+    model = make_model(source, options.pop("model_type"), seed=len(name), **options).bfloat16()
+    model.save_pretrained(source)
+    if stored and stored.store:
+        stored.write(folder, stored.store(model.state_dict()))
+    exact, *theirs = (
+        logits_of(source, dtype, device, stored.adapt if stored else None)
+        for dtype in (torch.float64, torch.bfloat16, torch.float32)
+    )
+    return Case(folder, exact, {torch.bfloat16: theirs[0], torch.float32: theirs[1]})
 
 
 def logits_file(folder: Path, tp: int, pp: int, dtype: torch.dtype) -> Path:

@@ -47,11 +47,14 @@ class FamilyCase:
         """Fill the folder and return the reference."""
         model = make_model(folder, self.model_type, seed=seed, **(SIZES | self.options))
         if self.store:
-            save_file(self.store(dict(model.state_dict())), folder / "model.safetensors")
-            (folder / "config.json").write_text(json.dumps(self.hub_config()))
+            self.write(folder, self.store(model.state_dict()))
         if self.adapt:
             self.adapt(model)
         return model
+
+    def write(self, folder: Path, tensors: Tensors) -> None:
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(self.hub_config()))
 
     def hub_config(self) -> dict[str, Any]:
         names = {"architectures": [self.architecture], "model_type": self.model_type}

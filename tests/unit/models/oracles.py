@@ -69,14 +69,15 @@ def normalize_head(model: Any) -> None:
 
 
 def put_alibi_for_rope(model: Any) -> None:
-    """At position 0 rope turns nothing; a mask of numbers brings the bias, as Bloom makes it."""
+    """At position 0 rope turns nothing; a mask of numbers brings the bias, from Bloom's of each position."""
     heads = model.config.num_attention_heads
 
     def bias(module: Any, args: tuple[torch.Tensor], kwargs: dict[str, Any]) -> Any:
-        n = args[0].shape[1]
+        n, device = args[0].shape[1], args[0].device
         alibi = build_alibi_tensor(torch.ones(1, n), heads, torch.float32).view(1, heads, 1, n)
-        mask = alibi.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
-        return args, {**kwargs, "position_ids": torch.zeros(1, n).long(), "attention_mask": mask}
+        mask = (alibi - alibi.mT).masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+        kwargs["attention_mask"] = mask.to(device, module.dtype)
+        return args, {**kwargs, "position_ids": torch.zeros(1, n, dtype=torch.int64, device=device)}
 
     model.register_forward_pre_hook(bias, with_kwargs=True)
 
