@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+Tensors = dict[str, torch.Tensor]
+
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
     "hidden_size": 64,
@@ -45,7 +47,7 @@ def make_model(folder: Path, model_type: str, *, seed: int = 0, **overrides: Any
 
 
 def is_gain(name: str) -> bool:
-    return "norm" in name and name.endswith("weight")
+    return ("norm" in name or ".ln_" in name) and name.endswith("weight")
 
 
 @torch.no_grad()

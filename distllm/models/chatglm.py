@@ -7,35 +7,34 @@ from typing import Any
 from distllm.errors import CheckpointError
 from distllm.models.checks import check_int, check_number
 from distllm.models.family import Family
-from distllm.models.hf_config import OFF, refuse, require
+from distllm.models.hf_config import OFF, refuse, renamed, require
 from distllm.models.llama import read_llama_like
 from distllm.models.rope_spec import MAX_POSITION, RopeSpec
 from distllm.models.sources import GATE_UP, QKV, Stored, gate_up, stacked_qkv
 from distllm.models.spec import DecoderSpec
 
-KEYS = {  # Llama's, and what they are called here
-    "num_hidden_layers": "num_layers",
-    "vocab_size": "padded_vocab_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_key_value_heads": "multi_query_group_num",
-    "head_dim": "kv_channels",
-    "rms_norm_eps": "layernorm_epsilon",
-    "max_position_embeddings": "seq_length",
+NAMES = {
+    "num_layers": "num_hidden_layers",
+    "padded_vocab_size": "vocab_size",
+    "ffn_hidden_size": "intermediate_size",
+    "multi_query_group_num": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "layernorm_epsilon": "rms_norm_eps",
+    "seq_length": "max_position_embeddings",
 }
 MUST_BE_ON = ("multi_query_attention", "original_rope", "post_layer_norm", "rmsnorm")
-MUST_BE_OFF = (
-    "apply_residual_connection_post_layernorm", "position_encoding_2d", "pre_seq_len", "quantization_bit",
-    "rope_scaling", "tie_word_embeddings", "vision_config",
-)  # fmt: skip
+MUST_BE_OFF = ("position_encoding_2d", "pre_seq_len", "rope_scaling", "tie_word_embeddings")
 NEUTRAL = {**dict.fromkeys(MUST_BE_OFF, OFF), **dict.fromkeys(MUST_BE_ON, (True,))}
 
 
 def read_config(config: dict[str, Any]) -> DecoderSpec:
     refuse(config)
     refuse({"multi_query_attention": False, **config}, neutral=NEUTRAL)
+    for name in NAMES:
+        require(config, name)
     bias = config.get("add_bias_linear", False)
     return read_llama_like(
-        {**config, **{name: require(config, key) for name, key in KEYS.items()}},
+        renamed(config, NAMES),
         "chatglm",
         rope=_read_rope(config),
         activation="silu",
@@ -46,14 +45,14 @@ def read_config(config: dict[str, Any]) -> DecoderSpec:
 
 
 def _read_rope(config: dict[str, Any]) -> RopeSpec:
-    """rope_ratio multiplies theta, and more than the window has grown; a smaller one is ChatGLM2-6B-32K's."""
+    """rope_ratio multiplies theta; but ChatGLM2-6B-32K divides positions by it, as far as its window grew."""
     ratio, head_dim, window = config.get("rope_ratio", 1), config["kv_channels"], config["seq_length"]
     check_number("rope_ratio", ratio, 1.0, 1e6)
     check_int("kv_channels", head_dim, 4, 2**12)
     check_int("seq_length", window, 1, MAX_POSITION)
     if 1 < ratio <= window / 2048:
         raise CheckpointError(
-            f"rope_ratio {ratio} for {window} positions divides them, as in ChatGLM2-6B-32K; not supported"
+            f"rope_ratio {ratio} for {window} positions is ChatGLM2-6B-32K's; not supported"
         )
     return RopeSpec(1e4 * ratio, rotary_dim=head_dim // 2, interleaved=True)
 

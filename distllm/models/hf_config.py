@@ -22,7 +22,9 @@ ONE: tuple[object, ...] = (None, 1, 1.0)
 NONE: tuple[object, ...] = (None,)
 # Keys that change the result in some family, with the values under which they do not.
 NEUTRAL: dict[str, tuple[object, ...]] = {
+    "add_cross_attention": OFF,
     "alibi": OFF,
+    "apply_residual_connection_post_layernorm": OFF,
     "attention_bias": OFF,
     "attention_multiplier": NONE,
     "attn_logit_softcapping": NONE,
@@ -41,10 +43,13 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "parallel_attn": OFF,
     "position_embedding_type": NONE,
     "qk_layernorm": OFF,
+    "quantization_bit": OFF,
     "quantization_config": NONE,
     "query_pre_attn_scalar": NONE,
     "residual_multiplier": ONE,
     "rope_local_base_freq": NONE,
+    "scale_attn_by_inverse_layer_idx": OFF,
+    "scale_attn_weights": (None, True),
     "scale_depth": NONE,
     "scale_emb": ONE,
     "sliding_window": NONE,
@@ -55,6 +60,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "use_parallel_residual": OFF,
     "use_qk_norm": OFF,
     "use_sliding_window": OFF,
+    "vision_config": NONE,
 }
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -72,6 +78,27 @@ def require(config: Config, key: str) -> Any:
     if config.get(key) is None:
         raise CheckpointError(f"{key} is missing")
     return config[key]
+
+
+def renamed(config: Config, names: dict[str, str]) -> Config:
+    """The config with Llama's names beside a family's own. names: theirs → Llama's; where a file has both,
+    theirs counts.
+    """
+    return config | {llama: config[own] for own, llama in names.items() if own in config}
+
+
+def read_flag(config: Config, key: str, default: bool | None = None) -> bool:
+    """default None: the key must be there."""
+    value = require(config, key) if default is None else config.get(key, default)
+    check_choice(key, value, (False, True))
+    return cast(bool, value)
+
+
+def read_width(config: Config, key: str) -> int:
+    """An MLP's width, which is four times hidden_size where the file does not say it."""
+    hidden, written = require(config, "hidden_size"), config.get(key)
+    check_int("hidden_size", hidden, 1, 2**18)
+    return cast(int, 4 * hidden if written is None else written)
 
 
 def refuse(
@@ -102,6 +129,7 @@ def read_activation(config: Config, key: str = "hidden_act") -> Activation:
 def read_head_dim(config: Config) -> int:
     """head_dim, by itself or as hidden_size / num_attention_heads."""
     if config.get("head_dim") is not None:
+        check_int("head_dim", config["head_dim"], 1, 2**12)
         return cast(int, config["head_dim"])
     hidden, heads = require(config, "hidden_size"), require(config, "num_attention_heads")
     check_int("num_attention_heads", heads, 1, 2**12)

@@ -74,9 +74,7 @@ def _rotary_dim(config: Config, rope: Config) -> int | None:
     if factor is None or factor == 1:
         return None
     check_number("partial_rotary_factor", factor, 0.0, 1.0)
-    head_dim = read_head_dim(config)
-    check_int("head_dim", head_dim, 1, 2**12)
-    return int(head_dim * factor)
+    return int(read_head_dim(config) * factor)
 
 
 def _read_scaling(config: Config, rope: Config) -> Scaling | None:

@@ -7,14 +7,18 @@ from difflib import get_close_matches
 from typing import Any
 
 from distllm.errors import CheckpointError
+from distllm.models.baichuan import BAICHUAN
 from distllm.models.chatglm import CHATGLM
+from distllm.models.falcon import FALCON
 from distllm.models.family import Family
 from distllm.models.gemma2 import GEMMA2
 from distllm.models.gemma3 import GEMMA3
 from distllm.models.glm import GLM, GLM4
+from distllm.models.gpt2 import GPT2
 from distllm.models.llama import LLAMA
 from distllm.models.mistral import MISTRAL
 from distllm.models.phi3 import PHI3
+from distllm.models.qwen import QWEN
 from distllm.models.qwen2 import QWEN2
 from distllm.models.qwen3 import QWEN3
 from distllm.models.spec import DecoderSpec
@@ -32,6 +36,10 @@ FAMILIES = (
     GLM,
     GLM4,
     CHATGLM,
+    FALCON,
+    GPT2,
+    BAICHUAN,
+    QWEN,
 )
 
 # What DecoderSpec cannot say yet, by a part of the architecture's name.

@@ -4,8 +4,8 @@ may be. A family without a case fails tests/unit/models/test_gpu_cases.py.
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from distllm.models.registry import parse_config
 from distllm.models.spec import DecoderSpec
-from tests import renamed
 from tests.checkpoints import SIZES, make_model
-from tests.renamed import Renaming
+from tests.unit.models import oracles
+from tests.unit.models.family_cases import FamilyCase
+from tests.unit.models.older_cases import BAICHUAN_13B, CHATGLM, QWEN
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -35,8 +36,7 @@ BASE: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 WINDOW = 48  # shorter than the two longest texts
-# Of transformers' configuration, Llama's where there is no model_type. renaming: to a layout that it has not.
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {  # Llama where there is no model_type
     "gqa-64": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
     "mha-128": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128},
     "llama3-128": {
@@ -149,16 +149,87 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "pad_token_id": 0,
     },
-    "chatglm-128": {
-        "model_type": "glm",
-        "renaming": renamed.CHATGLM,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "rope_parameters": {"rope_theta": 5e6, "partial_rotary_factor": 0.5},
-        "pad_token_id": 0,
+    # RW is left out: beyond position 256 transformers rounds its alibi, in any dtype. Baichuan brings alibi.
+    "falcon-64": {
+        "model_type": "falcon",
+        "num_attention_heads": 7,
+        "hidden_size": 448,
+        "tie_word_embeddings": True,
+    },
+    "falcon-new-64": {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_attention_heads": 8,
+        "num_kv_heads": 2,
+        "hidden_size": 512,
+    },
+    "gpt2-64": {
+        "model_type": "gpt2",
+        "n_embd": 256,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 512,
+        "tie_word_embeddings": True,
     },
 }
+# What transformers has no class for.
+STORED = {
+    "baichuan2-128": FamilyCase(
+        "llama",
+        "BaichuanForCausalLM",
+        {"num_attention_heads": 12, "num_key_value_heads": 12, "hidden_size": 1536},
+        {
+            **BASE,
+            **BAICHUAN_13B,
+            "num_attention_heads": 12,
+            "hidden_size": 1536,
+            "model_max_length": 512,
+            "rms_norm_eps": 1e-6,
+            "z_loss_weight": 0,
+        },
+        store=oracles.baichuan,
+        adapt=oracles.normalize_head_and_put_alibi,
+    ),
+    "qwen-128": FamilyCase(
+        "qwen2",
+        "QWenLMHeadModel",
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 512},
+        {
+            **BASE,
+            **QWEN,
+            "hidden_size": 512,
+            "intermediate_size": 2 * BASE["intermediate_size"],
+            "kv_channels": 128,
+            "layer_norm_epsilon": 1e-6,
+            "seq_length": 512,
+        },
+        store=oracles.qwen,
+    ),
+    "chatglm-128": FamilyCase(
+        "glm",
+        "ChatGLMModel",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rope_parameters": {"rope_theta": 5e6, "partial_rotary_factor": 0.5},
+            "pad_token_id": 0,
+        },
+        {
+            **CHATGLM,
+            "hidden_size": BASE["hidden_size"],
+            "ffn_hidden_size": BASE["intermediate_size"],
+            "num_layers": BASE["num_hidden_layers"],
+            "padded_vocab_size": BASE["vocab_size"],
+            "kv_channels": 128,
+            "layernorm_epsilon": 1.5625e-07,
+            "rope_ratio": 500,
+            "seq_length": 512,
+        },
+        store=oracles.chatglm,
+    ),
+}
+VARIANTS |= {name: {"model_type": case.model_type, **case.options} for name, case in STORED.items()}
 SEED = 5
 # Run as whole prompts, chunks and decode steps (stepping.random_steps). The longest is split when it decodes.
 TEXT_LENGTHS = (1, 19, 83, 300)
@@ -179,39 +250,47 @@ def texts(vocab_size: int = BASE["vocab_size"]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def logits_of(folder: Path, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+def logits_of(
+    folder: Path, dtype: torch.dtype, device: torch.device, adapt: Callable[[Any], None] | None
+) -> list[torch.Tensor]:
     """Loaded in this dtype, not cast to it: a cast would round the rope frequencies too."""
     from transformers import AutoModelForCausalLM
 
     # eager: the others leave softcaps out
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     model = model.to(device).eval()
+    if adapt:
+        adapt(model)
     return [model(torch.tensor([text], device=device)).logits[0].double().cpu() for text in texts()]
 
 
-def variant(name: str) -> tuple[str, Renaming | None, dict[str, Any]]:
-    """Model type, renaming, options."""
-    options = {"model_type": "llama", "renaming": None, **BASE, **VARIANTS[name]}
-    return options.pop("model_type"), options.pop("renaming"), options
+def variant(name: str) -> dict[str, Any]:
+    """transformers' configuration and its model_type."""
+    return {"model_type": "llama", **BASE, **VARIANTS[name]}
 
 
 def spec_of(name: str) -> DecoderSpec:
     """Without weights."""
     from transformers import AutoConfig
 
-    model_type, renaming, options = variant(name)
-    config = json.loads(AutoConfig.for_model(model_type, **(SIZES | options)).to_json_string(use_diff=False))
-    return parse_config(renaming.config(config) if renaming else config)
+    if name in STORED:
+        return parse_config(STORED[name].hub_config())
+    return parse_config(AutoConfig.for_model(**(SIZES | variant(name))).to_dict())
 
 
 def make_case(folder: Path, name: str, device: torch.device) -> Case:
-    model_type, renaming, options = variant(name)
-    saved = folder / "oracle" if renaming else folder
-    make_model(saved, model_type, seed=len(name), **options).bfloat16().save_pretrained(saved)
-    if renaming:
-        renaming.save(saved, folder)
-    theirs = {dtype: logits_of(saved, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
-    return Case(folder, logits_of(saved, torch.float64, device), theirs)
+    options = variant(name)
+    stored = STORED.get(name)
+    source = folder / "transformers" if stored else folder
+    model = make_model(source, options.pop("model_type"), seed=len(name), **options).bfloat16()
+    model.save_pretrained(source)
+    if stored and stored.store:
+        stored.write(folder, stored.store(model.state_dict()))
+    exact, *theirs = (
+        logits_of(source, dtype, device, stored.adapt if stored else None)
+        for dtype in (torch.float64, torch.bfloat16, torch.float32)
+    )
+    return Case(folder, exact, {torch.bfloat16: theirs[0], torch.float32: theirs[1]})
 
 
 def logits_file(folder: Path, tp: int, pp: int, dtype: torch.dtype) -> Path:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from tests import renamed
-from tests.renamed import Renaming
+from safetensors.torch import save_file
+
+from tests.checkpoints import Tensors, make_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 67,
@@ -27,14 +31,32 @@ LONG_FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [
 @dataclass(frozen=True)
 class FamilyCase:
     """options: of transformers' config class. hub: what the file has beside SIZES; a change to ... takes one
-    of these away. renaming: from transformers' checkpoint to the family's, where it has no class for it.
+    of these away.
+
+    Where transformers has no class for the family, model_type is that of a class that computes the same, and
+    `store` gives a checkpoint's tensors from its tensors. `adapt` makes that model, once they are stored,
+    into the reference.
     """
 
     model_type: str
     architecture: str
     options: dict[str, Any]
     hub: dict[str, Any] = field(default_factory=dict)
-    renaming: Renaming | None = None
+    store: Callable[[Tensors], Tensors] | None = None
+    adapt: Callable[[Any], None] | None = None
+
+    def make(self, folder: Path, seed: int) -> Any:
+        """Fill the folder and return the reference."""
+        model = make_model(folder, self.model_type, seed=seed, **(SIZES | self.options))
+        if self.store:
+            self.write(folder, self.store(model.state_dict()))
+        if self.adapt:
+            self.adapt(model)
+        return model
+
+    def write(self, folder: Path, tensors: Tensors) -> None:
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(self.hub_config()))
 
     def hub_config(self) -> dict[str, Any]:
         names = {"architectures": [self.architecture], "model_type": self.model_type}
@@ -256,38 +278,5 @@ CASES: dict[str, FamilyCase] = {
         "Glm4ForCausalLM",
         {"head_dim": 12, "rms_norm_eps": 1e-3, "pad_token_id": 0, "attention_bias": False},
         {**LLAMA_LIKE, "head_dim": 12, "attention_bias": False, "partial_rotary_factor": 0.5},
-    ),
-    "chatglm": FamilyCase(
-        "glm",
-        "ChatGLMForConditionalGeneration",
-        {"head_dim": 12, "rms_norm_eps": 1e-3, "pad_token_id": 0, "attention_bias": True}
-        | {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}},
-        {
-            **dict.fromkeys(("vocab_size", "intermediate_size", "num_key_value_heads"), ...),
-            **dict.fromkeys(("num_hidden_layers", "max_position_embeddings"), ...),
-            "model_type": "chatglm",
-            "add_bias_linear": False,
-            "add_qkv_bias": True,
-            "apply_query_key_layer_scaling": True,
-            "apply_residual_connection_post_layernorm": False,
-            "attention_softmax_in_fp32": True,
-            "ffn_hidden_size": 45,
-            "fp32_residual_connection": False,
-            "kv_channels": 12,
-            "layernorm_epsilon": 1e-3,
-            "multi_query_attention": True,
-            "multi_query_group_num": 2,
-            "num_layers": 3,
-            "original_rope": True,
-            "padded_vocab_size": 67,
-            "post_layer_norm": True,
-            "pre_seq_len": None,
-            "quantization_bit": 0,
-            "rmsnorm": True,
-            "rope_ratio": 50,
-            "seq_length": 128,
-            "tie_word_embeddings": False,
-        },
-        renaming=renamed.CHATGLM,
     ),
 }
