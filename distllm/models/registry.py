@@ -12,17 +12,19 @@ from distllm.models.gemma2 import GEMMA2
 from distllm.models.gemma3 import GEMMA3
 from distllm.models.llama import LLAMA
 from distllm.models.mistral import MISTRAL
+from distllm.models.mixtral import MIXTRAL
 from distllm.models.qwen2 import QWEN2
 from distllm.models.qwen3 import QWEN3
+from distllm.models.qwen3_moe import QWEN3_MOE
 from distllm.models.spec import DecoderSpec
 from distllm.models.starcoder2 import STARCODER2
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, STARCODER2, GEMMA2, GEMMA3)
+FAMILIES = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, STARCODER2, GEMMA2, GEMMA3)
 
 # What DecoderSpec cannot say yet, by a part of the architecture's name.
 MISSING = {
-    "Moe": "a mixture of experts",
-    "Mixtral": "a mixture of experts",
+    "Qwen2Moe": "a shared expert",
+    "qwen2_moe": "a shared expert",
     "Deepseek": "multi-head latent attention",
     "Mamba": "a state space in place of attention",
     "ForConditionalGeneration": "inputs other than text",
