@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from distllm.errors import CheckpointError
@@ -39,7 +40,7 @@ def _read_dense_layers(config: dict[str, Any]) -> tuple[int, ...]:
     """Those that mlp_only_layers names, and all but every decoder_sparse_step-th."""
     named, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
     if not isinstance(named, list):
-        raise CheckpointError("mlp_only_layers is no list of layers")
+        raise CheckpointError(f"mlp_only_layers is {reprlib.repr(named)}; it must be a list")
     num_layers = require(config, "num_hidden_layers")
     check_int("num_layers", num_layers, 1, 2**12)
     check_int("decoder_sparse_step", step, 1, 2**12)
