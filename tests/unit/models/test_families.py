@@ -111,7 +111,7 @@ GREEDY: dict[str, list[tuple[int, int]]] = {
     "gemma3": [(2, 2)],
     "mixtral": LAYOUTS,
     "qwen3_moe": LAYOUTS,
-    "qwen3_moe, dense layers": [(4, 1), (2, 2)],
+    "qwen3_moe, dense layers": [(2, 2)],
 }
 
 
