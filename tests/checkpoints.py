@@ -37,7 +37,9 @@ def make_model(folder: Path, model_type: str, *, seed: int = 0, **overrides: Any
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **(SIZES | overrides))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    # Grouped products of experts want aligned sizes; eager takes one expert after the other.
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, **eager).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Wide enough that logits spread and greedy choices are no ties; norm gains stay around 1.

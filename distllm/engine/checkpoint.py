@@ -40,8 +40,8 @@ class StoredSlot:
     def extents(self, shard: str, piece: Piece) -> Iterator[Extent]:
         """What a shard takes of it, span by span."""
         region = [(0, size) for size in self.source.slot_shape]
-        start = [0] * len(region)
-        region[piece.dim], start[piece.dim] = (piece.start, piece.stop), piece.dst_start
+        region[piece.dim] = (piece.start, piece.stop)
+        start = piece.origin(len(region))
         turn = -1 if self.source.transposed else 1
         for span, behind in self.source.locate(*region[0]):
             stored, dst = (span, *region[1:]), (start[0] + behind, *start[1:])

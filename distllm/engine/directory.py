@@ -55,36 +55,41 @@ class EngineDirectory:
         file, dtype = self.path / rank_file(rank), torch_dtype(self.index.dtype)
         for shard in shard_table(self.spec, self.index.layout.at(rank)):
             stored = self.index.ranks[rank][shard.name]
-            tensor = DiskTensor(file, stored.offset, shard.name, shard.shape, dtype, stored.checksum)
+            tensor = DiskTensor(file, stored.offset, shard.name, shard.flat_shape, dtype, stored.checksum)
             self._shards.setdefault(shard, tensor)
             for piece in shard.pieces:
                 self._slots.setdefault(piece.slot, []).append(Stored(tensor, piece))
 
     def _extents(self, shard: TensorShard) -> Iterator[Extent]:
         if shard in self._shards:
-            yield self._extent(self._shards[shard], shard, 0, (0, shard.shape[0]), 0)
+            tensor = self._to_read(self._shards[shard])
+            yield cut(tensor, shard.name, 0, (0, tensor.shape[0]), 0)
             return
         for piece in shard.pieces:
             yield from self._parts(shard, piece)
 
     def _parts(self, shard: TensorShard, piece: Piece) -> Iterator[Extent]:
         """A piece, from stored pieces of the same slot."""
-        at, shift = piece.start, piece.dst_start - piece.start
+        at = piece.start
         for stored in self._slots[piece.slot]:
             have = stored.piece
             assert have.dim == piece.dim, f"{piece.slot} is cut along {have.dim}, not {piece.dim}"
             if have.start <= at < min(have.stop, piece.stop):  # a replica of what was taken fails this
                 until = min(have.stop, piece.stop)
-                begin = have.dst_start + at - have.start
-                yield self._extent(stored.tensor, shard, piece.dim, (begin, begin + until - at), at + shift)
+                yield self._extent(stored.tensor, shard, have.part(at, until), piece.part(at, until))
                 at = until
         assert at == piece.stop, f"{piece.slot}: nothing stored from {at} on"
 
-    def _extent(
-        self, tensor: DiskTensor, shard: TensorShard, dim: int, span: tuple[int, int], dst_start: int
-    ) -> Extent:
-        unchecked = replace(tensor, checksum=None) if tensor in self._verified else tensor
-        return cut(unchecked, shard.name, dim, span, dst_start)
+    def _extent(self, tensor: DiskTensor, shard: TensorShard, have: Piece, piece: Piece) -> Extent:
+        """The same part of a slot, as it is stored and as the shard wants it."""
+        shape = have.shape(shard.matrix_shape)
+        begin = have.origin(len(shape))
+        region = tuple((first, first + length) for first, length in zip(begin, shape, strict=True))
+        return Extent(self._to_read(tensor), shard.name, region, piece.origin(len(shape)))
+
+    def _to_read(self, tensor: DiskTensor) -> DiskTensor:
+        """Its checksum is computed once."""
+        return replace(tensor, checksum=None) if tensor in self._verified else tensor
 
 
 def _end_of_file(index: EngineIndex, rank: int) -> int:

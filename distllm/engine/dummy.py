@@ -14,7 +14,7 @@ import torch
 
 from distllm.engine.dtypes import torch_dtype
 from distllm.engine.resolve import read_spec
-from distllm.engine.source import Block
+from distllm.engine.source import Block, region_at
 from distllm.models.shards import slot_shapes
 from distllm.parallel.sharding import TensorShard
 
@@ -34,10 +34,9 @@ class DummySource:
         dtype = torch_dtype(self.spec.dtype)
         for shard in shards:
             for piece in shard.pieces:
-                size = piece.stop - piece.start
                 whole = _make_slot(piece.slot, self._shapes[piece.slot], dtype, device)
-                region = (slice(None),) * piece.dim + (slice(piece.dst_start, piece.dst_start + size),)
-                yield Block(shard.name, region, whole.narrow(piece.dim, piece.start, size))
+                values = whole.narrow(piece.dim, piece.start, piece.stop - piece.start)
+                yield Block(shard.name, region_at(piece.origin(values.dim()), values), values)
 
 
 def _make_slot(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from distllm.engine import reader
 from distllm.engine.checksum import as_hex, joined_crc32
 from distllm.engine.reader import read_ahead
-from distllm.engine.source import Block
+from distllm.engine.source import Block, region_at
 from distllm.errors import CheckpointError
 from distllm.parallel.sharding import Span
 
@@ -86,7 +86,7 @@ def _block(extent: Extent, values: torch.Tensor, rows: Span, num_before: int) ->
     """These rows of values, cut to the extent, of which num_before rows came before."""
     part = values[tuple(slice(*span) for span in (rows, *extent.region[1:]))]
     starts = (extent.dst_start[0] + num_before, *extent.dst_start[1:])
-    place = tuple(slice(start, start + size) for start, size in zip(starts, part.shape, strict=True))
+    place = region_at(starts, part)
     return Block(extent.shard, place[::-1], part.T) if extent.transposed else Block(extent.shard, place, part)
 
 

@@ -21,7 +21,7 @@ from distllm.models.spec import DTYPE_BYTES, DTYPES, DecoderSpec, DType
 from distllm.parallel.layout import RankLayout
 
 ENGINE_JSON = "engine.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_RANKS = 4096
 
 

@@ -30,8 +30,9 @@ def load_weights(
     weights = {shard.name: torch.zeros(shard.shape, dtype=dtype, device=device) for shard in shards}
     total, done = sum(num_bytes(shard, dtype) for shard in shards), 0
     finite: list[tuple[str, torch.Tensor]] = []
+    flat = {shard.name: weights[shard.name].view(shard.flat_shape) for shard in shards}
     for block in source.read(shards, device):
-        place = weights[block.shard][block.region]
+        place = flat[block.shard][block.region]
         place.copy_(block.values)
         if dtype == torch.float16 and block.values.dtype != torch.float16:
             finite.append((block.shard, place.isfinite().all()))

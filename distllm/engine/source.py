@@ -15,11 +15,18 @@ from distllm.parallel.sharding import TensorShard
 
 @dataclass(frozen=True)
 class Block:
-    """Values of a part of a shard, in the stored dtype: shard[region]."""
+    """Values of a part of a shard, in the stored dtype: shard[region], a stack seen as one matrix
+    (TensorShard.flat_shape).
+    """
 
     shard: str
     region: tuple[slice, ...]
     values: torch.Tensor
+
+
+def region_at(start: tuple[int, ...], values: torch.Tensor) -> tuple[slice, ...]:
+    """Of a block of these values that begins there."""
+    return tuple(slice(first, first + size) for first, size in zip(start, values.shape, strict=True))
 
 
 class WeightSource(Protocol):

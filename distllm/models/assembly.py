@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from distllm.comm.base import TensorComm
 from distllm.kernels.reference.rope import QKNorm
 from distllm.models.alibi import alibi_slopes
-from distllm.models.layers import MLP, Attention, Layer, ParallelLayer
+from distllm.models.layers import MLP, Attention, Layer, MoE, ParallelLayer
+from distllm.models.moe_spec import MoESpec
 from distllm.models.rope_spec import RopeSpec
 from distllm.models.shards import head_name, layer_linears, local_heads, local_kv_heads, stage_layers
 from distllm.models.spec import DecoderSpec, NormSpec
@@ -20,6 +21,7 @@ from distllm.parallel.linear import (
     ActivatedColumnParallelLinear,
     ColumnParallelLinear,
     GatedColumnParallelLinear,
+    PartialSum,
     RowParallelLinear,
 )
 from distllm.parallel.sharding import Span
@@ -73,7 +75,7 @@ class _LayerMaker:
 
     def _attention(self, slopes: torch.Tensor | None) -> Attention:
         spec, rope = self.spec, self.spec.layer_rope(self.layer)
-        qkv, out = layer_linears(spec)[:2]
+        qkv, out = layer_linears(spec, self.layer)[:2]
         return Attention(
             qkv=ColumnParallelLinear(*self._linear(qkv), self._norm("attn_norm")),
             out=self._row(out, "attn_post_norm"),
@@ -88,14 +90,25 @@ class _LayerMaker:
             alibi_slopes=slopes,
         )
 
-    def _mlp(self, norm: Norm) -> MLP:
-        up, down = layer_linears(self.spec)[2:]
+    def _mlp(self, norm: Norm) -> MLP | MoE:
+        moe = self.spec.layer_moe(self.layer)
+        return self._dense(norm) if moe is None else self._experts(norm, moe)
+
+    def _dense(self, norm: Norm) -> MLP:
+        up, down = layer_linears(self.spec, self.layer)[2:]
         kind = GatedColumnParallelLinear if self.spec.gated else ActivatedColumnParallelLinear
         return MLP(kind(*self._linear(up), norm, self.spec.activation), self._row(down, "mlp_post_norm"))
 
+    def _experts(self, norm: Norm, moe: MoESpec) -> MoE:
+        router, gate_up, down = (self._linear(f"moe.{name}")[0] for name in ("router", "gate_up", "down"))
+        return MoE(norm, router, gate_up, down, moe.top_k, moe.renormalize, self._sum("mlp_post_norm"))
+
     def _row(self, name: str, post_norm: str) -> RowParallelLinear:
-        after = self._norm(post_norm) if self.spec.post_norms else None
-        return RowParallelLinear(*self._linear(name), self.tp, after)
+        weight, bias = self._linear(name)
+        return RowParallelLinear(weight, self._sum(post_norm, bias))
+
+    def _sum(self, post_norm: str, bias: torch.Tensor | None = None) -> PartialSum:
+        return PartialSum(self.tp, bias, self._norm(post_norm) if self.spec.post_norms else None)
 
     def _linear(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         at = f"layers.{self.layer}.{name}"

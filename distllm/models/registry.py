@@ -17,18 +17,22 @@ from distllm.models.glm import GLM, GLM4
 from distllm.models.gpt2 import GPT2
 from distllm.models.llama import LLAMA
 from distllm.models.mistral import MISTRAL
+from distllm.models.mixtral import MIXTRAL
 from distllm.models.phi3 import PHI3
 from distllm.models.qwen import QWEN
 from distllm.models.qwen2 import QWEN2
 from distllm.models.qwen3 import QWEN3
+from distllm.models.qwen3_moe import QWEN3_MOE
 from distllm.models.spec import DecoderSpec
 from distllm.models.starcoder2 import STARCODER2
 
 FAMILIES = (
     LLAMA,
     MISTRAL,
+    MIXTRAL,
     QWEN2,
     QWEN3,
+    QWEN3_MOE,
     STARCODER2,
     GEMMA2,
     GEMMA3,
@@ -44,8 +48,8 @@ FAMILIES = (
 
 # What DecoderSpec cannot say yet, by a part of the architecture's name.
 MISSING = {
-    "Moe": "a mixture of experts",
-    "Mixtral": "a mixture of experts",
+    "Qwen2Moe": "a shared expert",
+    "qwen2_moe": "a shared expert",
     "Deepseek": "multi-head latent attention",
     "Phi3Small": "block-sparse attention",
     "Mamba": "a state space in place of attention",

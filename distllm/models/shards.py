@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distllm.errors import LayoutError
+from distllm.models.moe_spec import MoESpec
 from distllm.models.spec import DecoderSpec
 from distllm.parallel.layout import RankLayout
 from distllm.parallel.sharding import (
@@ -21,6 +22,7 @@ from distllm.parallel.sharding import (
     split_kv_heads,
     split_layers,
     split_range,
+    stacked,
     valid_tp_sizes,
     vocab_shard,
 )
@@ -62,9 +64,14 @@ def head_name(spec: DecoderSpec) -> str:
     return EMBED if spec.tied_embeddings else HEAD
 
 
-def layer_linears(spec: DecoderSpec) -> tuple[str, str, str, str]:
-    """The products of a layer, by the names of their shards, in the order in which they run."""
-    return "attn.qkv", "attn.o", "mlp.gate_up" if spec.gated else "mlp.up", "mlp.down"
+def layer_linears(spec: DecoderSpec, layer: int) -> tuple[str, ...]:
+    """The products of a layer, by the names of their shards, in the order in which they run; of the experts'
+    own, which run as one operation, none.
+    """
+    mlp = (
+        ("moe.router",) if spec.layer_moe(layer) else ("mlp.gate_up" if spec.gated else "mlp.up", "mlp.down")
+    )
+    return "attn.qkv", "attn.o", *mlp
 
 
 def position_rows(spec: DecoderSpec) -> int:
@@ -82,7 +89,7 @@ def slot_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for shard in shard_table(spec, RankLayout()):
         for piece in shard.pieces:
-            shapes[piece.slot] = (*shard.shape[: piece.dim], piece.stop, *shard.shape[piece.dim + 1 :])
+            shapes[piece.slot] = piece.shape(shard.matrix_shape)
     return shapes
 
 
@@ -96,7 +103,7 @@ def _shards(spec: DecoderSpec, layout: RankLayout) -> Iterator[TensorShard]:
         yield from _norm(spec, "embed_norm")
     for layer in stage_layers(spec, layout):
         yield from _attention_shards(spec, layout, f"layers.{layer}")
-        yield from _mlp_shards(spec, layout, f"layers.{layer}")
+        yield from _mlp_shards(spec, layout, layer)
     if layout.is_last_stage:
         yield from _norm(spec, "final_norm")
     if layout.is_last_stage and not (spec.tied_embeddings and layout.is_first_stage):
@@ -117,16 +124,36 @@ def _attention_shards(spec: DecoderSpec, layout: RankLayout, at: str) -> Iterato
         yield from _norm(spec, f"{at}.attn_post_norm")
 
 
-def _mlp_shards(spec: DecoderSpec, layout: RankLayout, at: str) -> Iterator[TensorShard]:
-    width = split_range(spec.intermediate_size, layout.tp_size, layout.tp_rank)
-    up = [(f"{at}.mlp.gate", width), (f"{at}.mlp.up", width)] if spec.gated else [(f"{at}.mlp.up", width)]
-    _, _, up_name, down_name = layer_linears(spec)
+def _mlp_shards(spec: DecoderSpec, layout: RankLayout, layer: int) -> Iterator[TensorShard]:
+    at, moe = f"layers.{layer}", spec.layer_moe(layer)
     if spec.residual != "parallel_shared":
         yield from _norm(spec, f"{at}.mlp_norm")
-    yield from column_shards(f"{at}.{up_name}", up, spec.hidden_size, spec.mlp_bias)
-    yield from row_shards(f"{at}.{down_name}", width, spec.hidden_size, spec.mlp_bias)
+    yield from _dense_shards(spec, layout, layer) if moe is None else _expert_shards(spec, moe, layout, at)
     if spec.post_norms:
         yield from _norm(spec, f"{at}.mlp_post_norm")
+
+
+def _dense_shards(spec: DecoderSpec, layout: RankLayout, layer: int) -> Iterator[TensorShard]:
+    at = f"layers.{layer}"
+    width = split_range(spec.intermediate_size, layout.tp_size, layout.tp_rank)
+    up = [(f"{at}.mlp.gate", width), (f"{at}.mlp.up", width)] if spec.gated else [(f"{at}.mlp.up", width)]
+    up_name, down_name = layer_linears(spec, layer)[2:]
+    yield from column_shards(f"{at}.{up_name}", up, spec.hidden_size, spec.mlp_bias)
+    yield from row_shards(f"{at}.{down_name}", width, spec.hidden_size, spec.mlp_bias)
+
+
+def _expert_shards(spec: DecoderSpec, moe: MoESpec, layout: RankLayout, at: str) -> Iterator[TensorShard]:
+    """Every rank holds a part of every expert, so that all have the same work whatever the router says."""
+    width = split_range(moe.intermediate_size, layout.tp_size, layout.tp_rank)
+    gate_up: list[TensorShard] = []
+    down: list[TensorShard] = []
+    for expert in (f"{at}.moe.experts.{number}" for number in range(moe.num_experts)):
+        parts = [(f"{expert}.gate", width), (f"{expert}.up", width)]
+        gate_up += column_shards(f"{expert}.gate_up", parts, spec.hidden_size, bias=False)
+        down += row_shards(f"{expert}.down", width, spec.hidden_size, bias=False)
+    yield replicated(f"{at}.moe.router.weight", moe.num_experts, spec.hidden_size)
+    yield stacked(f"{at}.moe.gate_up.weight", gate_up)
+    yield stacked(f"{at}.moe.down.weight", down)
 
 
 def _norm(spec: DecoderSpec, name: str) -> Iterator[TensorShard]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from distllm.errors import CheckpointError
 from distllm.models.checks import check_choice, check_int, check_number
+from distllm.models.moe_spec import MoESpec
 from distllm.models.rope_spec import MAX_POSITION, RopeSpec
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -73,6 +74,7 @@ class DecoderSpec:
     max_position_embeddings: int  # the longest sequence, in tokens
     dtype: DType  # of the checkpoint
     gated: bool = True  # MLP: activation(gate) · up, or activation(up)
+    moe: MoESpec | None = None  # experts in place of the MLP
     residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"  # parallel: attention and
     # MLP read the same stream, through a norm each or one that they share
     post_norms: bool = False  # of what attention and MLP add to the stream
@@ -104,6 +106,7 @@ class DecoderSpec:
         check_choice("dtype", self.dtype, DTYPES)
         self._check_heads()
         self._check_layers()
+        self._check_experts()
 
     def _check_heads(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -124,12 +127,23 @@ class DecoderSpec:
         if self.normalized_head and self.tied_embeddings:
             raise CheckpointError("a normalized head cannot be tied to the embedding, which stays as it is")
 
+    def _check_experts(self) -> None:
+        if self.moe is None:
+            return
+        check_choice("the experts' activation", self.activation, ("silu",))
+        check_choice("the experts' gated", self.gated, (True,))
+        check_choice("the experts' mlp_bias", self.mlp_bias, (False,))
+
     def window(self, layer: int) -> int:
         """Tokens that this layer sees; 0: all."""
         return self.windows[layer] if self.windows else 0
 
     def layer_rope(self, layer: int) -> RopeSpec | None:
         return self.window_rope if self.window_rope and self.window(layer) else self.rope
+
+    def layer_moe(self, layer: int) -> MoESpec | None:
+        """The experts of this layer; None: it has an MLP."""
+        return None if self.moe is None or layer in self.moe.dense_layers else self.moe
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -141,5 +155,6 @@ class DecoderSpec:
             name: None if data[name] is None else RopeSpec.from_dict(data[name])
             for name in ("rope", "window_rope")
         }
-        nested = {"norm": NormSpec(**data["norm"]), "windows": tuple(data["windows"]), **ropes}
+        moe = None if data["moe"] is None else MoESpec.from_dict(data["moe"])
+        nested = {"norm": NormSpec(**data["norm"]), "windows": tuple(data["windows"]), "moe": moe, **ropes}
         return DecoderSpec(**{**data, **nested})

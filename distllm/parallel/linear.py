@@ -53,26 +53,22 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
 
 
 @dataclass(frozen=True)
-class RowParallelLinear:
-    """The stream grows by Σ over ranks of x Wᵀ, + b, with the input features cut (`row_shards`)."""
+class PartialSum:
+    """The stream grows by Σ over ranks of what each has a part of, + b."""
 
-    weight: torch.Tensor  # [out, local_in]
-    bias: torch.Tensor | None  # [out], whole on every rank
     tp: TensorComm
+    bias: torch.Tensor | None = None  # [out], whole on every rank
     post_norm: Norm | None = None  # of what is added
 
-    def __call__(self, x: torch.Tensor, stream: Stream, next_norm: Norm | None = None) -> Stream:
-        """x: [num_tokens, local_in]. stream.hidden is added to in place. next_norm: what reads the stream
+    def __call__(self, partial: torch.Tensor, stream: Stream, next_norm: Norm | None = None) -> Stream:
+        """partial: [num_tokens, out]. stream.hidden is added to in place. next_norm: what reads the stream
         next.
 
         Collective: one sum of [num_tokens, out] by every rank of tp, in one kernel with the norm where tp
         can.
         """
         if self.post_norm is not None:
-            return Stream(stream.hidden.add_(self.post_norm(self._product(x))))
-        if self.tp.size == 1:
-            return Stream(linear_add(x, self.weight, self.bias, stream.hidden))
-        partial = linear(x, self.weight)
+            return Stream(stream.hidden.add_(self.post_norm(self._sum(partial))))
         if self.bias is None and _is_fusible(next_norm, partial) and isinstance(self.tp, FusesNorm):
             fused = self.tp.try_all_reduce_add_norm(partial, stream.hidden, next_norm.gain, next_norm.eps)
             if fused is not None:
@@ -80,15 +76,24 @@ class RowParallelLinear:
                 return Stream(hidden, normed)
         return Stream(stream.hidden.add_(self._sum(partial)))
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.tp.size == 1:
-            return linear(x, self.weight, self.bias)
-        return self._sum(linear(x, self.weight))
-
     def _sum(self, partial: torch.Tensor) -> torch.Tensor:
         total = self.tp.all_reduce(partial)
         # After the sum: added before it, the bias would count once for each rank.
         return total if self.bias is None else total.add_(self.bias)
+
+
+@dataclass(frozen=True)
+class RowParallelLinear:
+    """The stream grows by Σ over ranks of x Wᵀ, + b, with the input features cut (`row_shards`)."""
+
+    weight: torch.Tensor  # [out, local_in]
+    add: PartialSum
+
+    def __call__(self, x: torch.Tensor, stream: Stream, next_norm: Norm | None = None) -> Stream:
+        """x: [num_tokens, local_in]. The rest, and what is collective, as of PartialSum."""
+        if self.add.tp.size == 1 and self.add.post_norm is None:
+            return Stream(linear_add(x, self.weight, self.add.bias, stream.hidden))
+        return self.add(linear(x, self.weight), stream, next_norm)
 
 
 def _is_fusible(norm: Norm | None, x: torch.Tensor) -> TypeGuard[RMSNorm]:

@@ -8,7 +8,7 @@ table of shards drives the loader, the builder, re-sharding and `distllm plan`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distllm.errors import LayoutError
 
@@ -16,7 +16,7 @@ from distllm.errors import LayoutError
 @dataclass(frozen=True)
 class Piece:
     """A rectangle of one slot and where it lands in a shard: dst[dst_start : dst_start + (stop - start)] on
-    `dim`.
+    `dim`, of the matrix that begins at row dst_row.
 
     Only one dimension is ever cut; the others are taken whole. Rows past the slot's end do not exist: what no
     piece covers is padding, zero.
@@ -27,15 +27,41 @@ class Piece:
     start: int
     stop: int
     dst_start: int
+    dst_row: int = 0  # other than 0 in stacks of matrices
+
+    def part(self, start: int, stop: int) -> Piece:
+        """What it holds of [start, stop) of the slot, and where."""
+        return replace(self, start=start, stop=stop, dst_start=self.dst_start + start - self.start)
+
+    def shape(self, matrix_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """matrix_shape: of the slot, or of the shard (its matrix, in a stack): alike but for `dim`."""
+        return (*matrix_shape[: self.dim], self.stop - self.start, *matrix_shape[self.dim + 1 :])
+
+    def origin(self, num_dims: int) -> tuple[int, ...]:
+        """Where it begins in the shard, as TensorShard.flat_shape counts."""
+        start = [0] * num_dims
+        start[self.dim] = self.dst_start
+        start[0] += self.dst_row
+        return tuple(start)
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """One tensor that a rank owns, in load order. shape is the local one."""
+    """One tensor that a rank owns, in load order. shape is the local one; three dimensions are a stack."""
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Of each matrix of a stack; else its own."""
+        return self.shape[-2:]
+
+    @property
+    def flat_shape(self) -> tuple[int, ...]:
+        """A stack as one matrix, of all rows one below the other; else its own."""
+        return (self.shape[0] * self.shape[1], self.shape[2]) if len(self.shape) == 3 else self.shape
 
 
 def split_range(total: int, parts: int, index: int) -> tuple[int, int]:
@@ -136,6 +162,15 @@ def row_shards(name: str, span: Span, out_features: int, bias: bool) -> Iterator
     yield TensorShard(weight, (out_features, stop - start), (Piece(weight, 1, start, stop, 0),))
     if bias:
         yield replicated(f"{name}.bias", out_features)
+
+
+def stacked(name: str, shards: list[TensorShard]) -> TensorShard:
+    """Matrices of one shape as one tensor, [len(shards), rows, columns]."""
+    rows = shards[0].shape[0]
+    pieces = [
+        replace(piece, dst_row=number * rows) for number, shard in enumerate(shards) for piece in shard.pieces
+    ]
+    return TensorShard(name, (len(shards), *shards[0].shape), tuple(pieces))
 
 
 def vocab_shard(name: str, vocab_size: int, hidden_size: int, tp_size: int, tp_rank: int) -> TensorShard:

@@ -52,8 +52,12 @@ def _free_bytes(config: EngineConfig, spec: DecoderSpec, device: torch.device) -
 
 
 def _step_bytes(config: EngineConfig, spec: DecoderSpec) -> int:
-    """Upper bound of a step's tensors: some hidden states and one MLP of every token, logits of every row."""
+    """Upper bound of a step's tensors: some hidden states and one MLP of every token, or what its experts
+    make of it; logits of every row.
+    """
     per_token = 2 * (8 * spec.hidden_size + 3 * spec.intermediate_size)
+    if spec.moe is not None:  # their outputs are in fp32 until they are summed
+        per_token += spec.moe.top_k * (4 * spec.hidden_size + 2 * spec.moe.intermediate_size)
     per_row = 12 * spec.vocab_size  # this rank's, all ranks', and a copy where stop tokens are kept away
     return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_row
 

@@ -18,7 +18,7 @@ import torch
 from distllm.engine import resolve_model
 from distllm.engine.tokenizers import load_tokenizer
 from distllm.kernels.reference.sampling import gumbel_noise
-from tests.checkpoints import greedy_reference, make_llama
+from tests.checkpoints import greedy_reference, make_model
 
 NUM_TOKENS = 24
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
@@ -50,11 +50,13 @@ class TrainedCase:
     certain: list[list[int]]
 
 
-def make_case(folder: Path) -> None:
+EXPERTS: dict[str, Any] = {"num_local_experts": 16, "num_experts_per_tok": 3, "num_hidden_layers": 3}
+
+
+def make_case(folder: Path, model_type: str = "llama", **options: Any) -> None:
     """A checkpoint with heads of a real size and prompts of odd lengths, in fp32."""
-    model = make_llama(
-        folder, hidden_size=256, head_dim=64, num_attention_heads=8, num_key_value_heads=4, vocab_size=1031
-    )
+    heads = {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = make_model(folder, model_type, hidden_size=256, vocab_size=1031, **heads, **options)
     rng = random.Random(3)
     lengths = [1, 2, 15, 16, 17, 33, 100, *(rng.randrange(1, 60) for _ in range(24))]
     prompts = [rng.choices(range(3, 1031), k=length) for length in lengths]

@@ -171,6 +171,25 @@ VARIANTS: dict[str, dict[str, Any]] = {  # Llama where there is no model_type
         "n_positions": 512,
         "tie_word_embeddings": True,
     },
+    "mixtral-128": {
+        "model_type": "mixtral",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 4,  # of 2, a near tie that bf16 decides otherwise changes half a layer
+    },
+    "qwen3-moe-128": {
+        "model_type": "qwen3_moe",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 90,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
 }
 # What transformers has no class for.
 STORED = {
@@ -256,8 +275,9 @@ def logits_of(
     """Loaded in this dtype, not cast to it: a cast would round the rope frequencies too."""
     from transformers import AutoModelForCausalLM
 
-    # eager: the others leave softcaps out
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    # eager: the others leave softcaps out, and want aligned experts
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **eager)
     model = model.to(device).eval()
     if adapt:
         adapt(model)

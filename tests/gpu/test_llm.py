@@ -8,11 +8,18 @@ import pytest
 
 from tests import launchers
 from tests.gpu.conftest import needs_gpus
-from tests.gpu.engine_cases import make_case, make_trained_case
+from tests.gpu.engine_cases import EXPERTS, make_case, make_trained_case
 
 pytestmark = pytest.mark.gpu
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2)]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mixtral")
+    make_case(path, "mixtral", **EXPERTS)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +34,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 @pytest.mark.parametrize("script", ["run_llm.py", "run_trained.py"])
 def test_tokens(folder: Path, script: str, tp: int, pp: int) -> None:
+    check(script, folder, tp, pp)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)])
+def test_tokens_of_experts(mixture: Path, tp: int, pp: int) -> None:
+    """In a captured step the router chooses anew at each replay."""
+    check("run_llm.py", mixture, tp, pp)
+
+
+def check(script: str, folder: Path, tp: int, pp: int) -> None:
     needs_gpus(tp * pp)
     code, output = launchers.launcher("openmpi").run(
         tp * pp, f"tests/gpu/{script}", folder, tp, pp, timeout_s=280

@@ -1,7 +1,7 @@
 """The least time that a decode step or a prompt can take: bytes over bandwidth, or arithmetic if longer.
 
 Pure arithmetic on a spec, a layout and measured ceilings. Messages between ranks, activations and launches
-count nothing here, so no engine can reach a floor.
+count nothing here, so no engine can reach a floor; but tokens are taken to choose experts evenly.
 """
 
 from __future__ import annotations
@@ -27,14 +27,32 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
+class ExpertCost:
+    """The experts of a stage, all layers."""
+
+    num_experts: int
+    top_k: int
+    weight_bytes: int  # of all of them
+
+    def read_bytes(self, num_tokens: int) -> float:
+        """Of the experts that so many tokens are likely to touch: each leaves out num_experts - top_k."""
+        return self.weight_bytes * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
+
+
+@dataclass(frozen=True)
 class StageCost:
     """What one rank of a stage reads and computes. The first tp rank's share, which no other exceeds."""
 
-    weight_bytes: int  # read by every step: all but the embedding's rows that no token asks for
-    layer_params: int  # of matrices, multiplied with every token
+    weight_bytes: int  # read by every step: all but experts, and the embedding's rows that no token asks for
+    layer_params: int  # of matrices that a token is multiplied with; of experts, those that it goes to
     head_params: int  # multiplied with every token that samples
     kv_bytes_per_token: int
     attention_flop_per_pair: int  # of a query and a key, all layers
+    experts: ExpertCost | None = None
+
+    def read_bytes(self, num_tokens: int) -> float:
+        """Weights that a step of so many tokens reads."""
+        return self.weight_bytes + (self.experts.read_bytes(num_tokens) if self.experts else 0)
 
 
 def stage_costs(spec: DecoderSpec, tp_size: int, pp_size: int, dtype_bytes: int) -> list[StageCost]:
@@ -46,10 +64,13 @@ def _stage_cost(spec: DecoderSpec, layout: RankLayout, dtype_bytes: int) -> Stag
     shapes = {shard.name: shard.shape for shard in shard_table(spec, layout)}
     head = math.prod(shapes[head_name(spec)]) if layout.is_last_stage else 0
     layers = [shape for name, shape in shapes.items() if name not in (EMBED, head_name(spec))]
+    by_dims = [sum(math.prod(shape) for shape in layers if len(shape) == dims) for dims in (1, 2, 3)]
+    vectors, matrices, stacks = by_dims  # only experts are stacks
+    experts = ExpertCost(spec.moe.num_experts, spec.moe.top_k, stacks * dtype_bytes) if spec.moe else None
     num_layers = len(stage_layers(spec, layout))
     return StageCost(
-        weight_bytes=(sum(map(math.prod, layers)) + head) * dtype_bytes,
-        layer_params=sum(math.prod(shape) for shape in layers if len(shape) == 2),
+        weight_bytes=(vectors + matrices + head) * dtype_bytes,
+        layer_params=matrices + (stacks * experts.top_k // experts.num_experts if experts else 0),
         head_params=head,
         kv_bytes_per_token=2
         * num_layers
@@ -57,6 +78,7 @@ def _stage_cost(spec: DecoderSpec, layout: RankLayout, dtype_bytes: int) -> Stag
         * spec.head_dim
         * dtype_bytes,
         attention_flop_per_pair=4 * num_layers * _length(local_heads(spec, layout)) * spec.head_dim,
+        experts=experts,
     )
 
 
@@ -78,7 +100,9 @@ class Floors:
 
     def first_token_s(self, num_tokens: int) -> float:
         """One prompt alone, from its first stage to its first token."""
-        return sum(max(self._weights_s(cost), self._prefill_s(cost, num_tokens)) for cost in self.costs)
+        return sum(
+            max(self._weights_s(cost, num_tokens), self._prefill_s(cost, num_tokens)) for cost in self.costs
+        )
 
     def output_tokens_per_s(self, batch_size: int, input_len: int, output_len: int) -> float:
         """The most: batch_size sequences always running, and prompts packed without loss."""
@@ -89,10 +113,10 @@ class Floors:
     def _decode_stage_s(self, cost: StageCost, rows: int, context_len: float) -> float:
         arithmetic_s = 2 * (cost.layer_params + cost.head_params) * rows / self.ceilings.flop_per_s
         kv_s = rows * context_len * cost.kv_bytes_per_token / self.ceilings.read_bytes_per_s
-        return max(self._weights_s(cost), arithmetic_s) + kv_s
+        return max(self._weights_s(cost, rows), arithmetic_s) + kv_s
 
-    def _weights_s(self, cost: StageCost) -> float:
-        return cost.weight_bytes / self.ceilings.read_bytes_per_s
+    def _weights_s(self, cost: StageCost, num_tokens: int) -> float:
+        return cost.read_bytes(num_tokens) / self.ceilings.read_bytes_per_s
 
     def _prefill_s(self, cost: StageCost, num_tokens: int) -> float:
         """Every token through the layers, the last one through the head; half of all pairs are causal."""

@@ -5,6 +5,7 @@ Says which bytes and which arithmetic each one needs. Tensors are made when a ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 
 from distllm import kernels
 from distllm.kernels.batch import TokenBatch
+from distllm.models.moe_spec import MoESpec
 from distllm.models.rope import rope_frequencies
 from distllm.models.shards import EMBED, layer_linears, local_heads, local_kv_heads, shard_table
 from distllm.models.spec import DecoderSpec
@@ -45,6 +47,8 @@ class StepCases:
         self._num_heads = _length(local_heads(spec, layout))
         self._num_kv_heads = _length(local_kv_heads(spec, layout))
         self._shapes = {shard.name: shard.shape for shard in shard_table(spec, layout)}
+        kinds = {spec.layer_moe(layer): layer for layer in range(spec.num_layers)}
+        self._mlp_layers = list(kinds.values())  # one with an MLP, one with experts, or both
 
     def decode(self, num_rows: int, context_len: int) -> Iterator[Case]:
         """num_rows sequences of context_len tokens, the new one included."""
@@ -65,14 +69,26 @@ class StepCases:
         n = num_rows * tokens_per_row
         yield self._embed(n)
         yield from self._norms(n)
-        qkv, out, up, down = layer_linears(self._spec)
+        qkv, out = layer_linears(self._spec, 0)[:2]
         yield self._weight(qkv, n)
         yield self._rope(num_rows, tokens_per_row)
         yield self._attention(num_rows, tokens_per_row, seq_len)
         yield self._weight(out, n)
-        yield self._weight(up, n)
-        yield self._activation(n)
-        yield self._weight(down, n)
+        for layer in self._mlp_layers:
+            moe = self._spec.layer_moe(layer)
+            yield from self._mlp(layer, n) if moe is None else self._moe(layer, moe, n)
+
+    def _mlp(self, layer: int, n: int) -> Iterator[Case]:
+        up, down = layer_linears(self._spec, layer)[2:]
+        yield self._weight(up, n, layer)
+        yield self._activation(n, self._shapes[f"layers.{layer}.{up}.weight"][0])
+        yield self._weight(down, n, layer)
+
+    def _moe(self, layer: int, moe: MoESpec, n: int) -> Iterator[Case]:
+        (router,) = layer_linears(self._spec, layer)[2:]
+        yield self._weight(router, n, layer)
+        yield self._route(moe, n)
+        yield self._expert_mlp(layer, moe, n)
 
     @cached_property
     def _embedding(self) -> torch.Tensor:
@@ -122,8 +138,8 @@ class StepCases:
 
         return self._case("add_rms_norm", _size(shape), 4 * n * shape[1], make)
 
-    def _weight(self, name: str, n: int) -> Case:
-        return self._linear(name, n, self._shapes[f"layers.0.{name}.weight"])
+    def _weight(self, name: str, n: int, layer: int = 0) -> Case:
+        return self._linear(name, n, self._shapes[f"layers.{layer}.{name}.weight"])
 
     def _linear(self, name: str, n: int, shape: tuple[int, ...]) -> Case:
         num_out, num_in = shape
@@ -170,9 +186,8 @@ class StepCases:
         shape = f"{num_rows} × {tokens_per_row} of {seq_len}"
         return self._case("paged_attention", shape, num_values, make, 4 * pairs * self._num_heads * head_dim)
 
-    def _activation(self, n: int) -> Case:
+    def _activation(self, n: int, width: int) -> Case:
         spec = self._spec
-        width = self._shapes[f"layers.0.{layer_linears(spec)[2]}.weight"][0]
         operation = kernels.activate_mul if spec.gated else kernels.activate
 
         def make() -> Call:
@@ -181,6 +196,33 @@ class StepCases:
 
         num_values = n * width * 3 // 2 if spec.gated else 2 * n * width
         return self._case("activation", _size((n, width)), num_values, make)
+
+    def _route(self, moe: MoESpec, n: int) -> Case:
+        shape = (n, moe.num_experts)
+
+        def make() -> Call:
+            logits = self._random(*shape)
+            return lambda: kernels.route(logits, moe.top_k, renormalize=moe.renormalize)
+
+        num_bytes = shape[0] * shape[1] * self._dtype.itemsize + n * moe.top_k * (4 + 8)
+        return Case("route", f"{moe.top_k} of {_size(shape)}", num_bytes, 0, make)
+
+    def _expert_mlp(self, layer: int, moe: MoESpec, n: int) -> Case:
+        """Tokens spread evenly: training aims at it, and the number of experts to read is known."""
+        gate_up, down = (self._shapes[f"layers.{layer}.moe.{name}.weight"] for name in ("gate_up", "down"))
+
+        def make() -> Call:
+            weights, x = (self._random(*gate_up), self._random(*down)), self._random(n, gate_up[2])
+            pairs = torch.arange(n * moe.top_k, device=self._device)
+            experts = (pairs % moe.num_experts).view(n, moe.top_k)
+            shares = torch.full(experts.shape, 1 / moe.top_k, device=self._device)
+            return lambda: kernels.expert_mlp(x, *weights, shares, experts)
+
+        expert_values = math.prod(gate_up[1:]) + math.prod(down[1:])
+        num_pairs = n * moe.top_k
+        num_values = min(moe.num_experts, num_pairs) * expert_values + 2 * n * gate_up[2]
+        shape = f"{n} × {moe.top_k} of {moe.num_experts} × {gate_up[2]} → {down[2]}"
+        return self._case("expert_mlp", shape, num_values, make, 2 * num_pairs * expert_values)
 
     def _gather(self, num_rows: int, context_len: int) -> Case:
         table = self._block_table(num_rows, context_len)

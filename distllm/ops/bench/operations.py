@@ -34,7 +34,7 @@ PATTERNS = (
 def stage_linears(spec: DecoderSpec, layout: RankLayout) -> list[str]:
     """The linears of a step of this stage, in the order in which they run."""
     head = ["head"] if layout.is_last_stage else []
-    return [*layer_linears(spec) * len(stage_layers(spec, layout)), *head]
+    return [*(name for layer in stage_layers(spec, layout) for name in layer_linears(spec, layer)), *head]
 
 
 def operations(kernels: Sequence[str], linears: Sequence[str]) -> list[str]:

@@ -136,7 +136,7 @@ def test_what_an_engine_says_of_itself(llama: Path, tmp_path: Path) -> None:
     assert read_spec(engine) == read_spec(llama)
     assert eos_token_ids(engine) == eos_token_ids(llama) == (2,)
     index = json.loads((engine / "engine.json").read_text())
-    assert (index["format_version"], index["source"], index["dtype"]) == (2, "llama", "float32")
+    assert (index["format_version"], index["source"], index["dtype"]) == (3, "llama", "float32")
     stored = index["ranks"][1]["layers.0.attn.qkv.weight"]
     content = (engine / "rank01.safetensors").read_bytes()
     size = 4 * stored["shape"][0] * stored["shape"][1]
@@ -314,7 +314,7 @@ DAMAGE = {
     "bit": (flip_a_bit, r"rank01.safetensors: head.weight does not match its checksum"),
     "truncated": (lambda e: os.truncate(e / "rank00.safetensors", 999), "999 bytes instead of"),
     "missing": (lambda e: (e / "rank01.safetensors").unlink(), r"rank01.safetensors: No such file"),
-    "version": (edit("format_version", 1), "format_version 1, not 2; build the engine again"),
+    "version": (edit("format_version", 1), "format_version 1, not 3; build the engine again"),
     "unknown key": (edit("surprise", 1), r"engine.json is damaged"),
     "layout": (edit("tp_size", 4), "engine.json is damaged"),
     "huge layout": (edit("pp_size", 10**9), "engine.json is damaged"),

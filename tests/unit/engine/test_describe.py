@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distllm.comm.local import LocalControl
-from distllm.engine import load_weights, open_source
+from distllm.engine import load_weights, open_source, read_spec
 from distllm.engine.describe import describe
 from distllm.errors import LayoutError
 from distllm.models.decoder import Decoder
@@ -41,6 +41,18 @@ def test_llama_3_1_8b() -> None:
     assert {rank.kv_bytes_per_token for rank in cut.ranks} == {16384}
     qkv = next(line for line in cut.ranks[5].shards if line.name == "layers.*.attn.qkv.weight")
     assert (qkv.count, qkv.shape, qkv.num_bytes) == (16, (1536, 4096), 16 * 1536 * 4096 * 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [("mixtral-8x7b", 46_702_792_704), ("qwen3-30b-a3b", 30_532_122_624)]
+)
+def test_mixtures(shape: str, parameters: int) -> None:
+    """Published numbers; every rank holds the same part of each expert."""
+    spec = read_spec(Path(__file__).parents[3] / "benchmarks/shapes" / shape)
+    assert describe(spec, 1, 1).num_parameters == parameters
+    cut = describe(spec, 4, 1)
+    assert len({rank.weight_bytes for rank in cut.ranks}) == 1
+    assert cut.weight_bytes == pytest.approx(2 * parameters, rel=0.01)
 
 
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (2, 3), (6, 2)])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from distllm.models.moe_spec import MoESpec
 from distllm.models.spec import DecoderSpec
 
 Slots = dict[str, torch.Tensor]
@@ -92,7 +93,22 @@ class PlainDecoder:
         return torch.cat((turned.real, turned.imag, x[..., dim:]), -1)
 
     def mlp(self, n: int, x: torch.Tensor) -> torch.Tensor:
-        at, activation = f"layers.{n}.mlp", ACTIVATIONS[self.spec.activation]
+        moe = self.spec.moe
+        if moe is not None and n not in moe.dense_layers:
+            return torch.stack([self.experts(n, moe, row) for row in x])
+        return self.one_mlp(f"layers.{n}.mlp", x)
+
+    def experts(self, n: int, moe: MoESpec, x: torch.Tensor) -> torch.Tensor:
+        """Of one token."""
+        likely = (self.slots[f"layers.{n}.moe.router.weight"] @ x).exp()
+        shares = {e: float(likely[e] / likely.sum()) for e in range(moe.num_experts)}
+        best = sorted(shares, key=lambda e: -shares[e])[: moe.top_k]
+        total = sum(shares[e] for e in best) if moe.renormalize else 1.0
+        parts = [shares[e] / total * self.one_mlp(f"layers.{n}.moe.experts.{e}", x) for e in best]
+        return torch.stack(parts).sum(0)
+
+    def one_mlp(self, at: str, x: torch.Tensor) -> torch.Tensor:
+        activation = ACTIVATIONS[self.spec.activation]
         up = self.linear(f"{at}.up", x)
         up = activation(self.linear(f"{at}.gate", x)) * up if self.spec.gated else activation(up)
         return self.linear(f"{at}.down", up)

@@ -122,7 +122,7 @@ def test_read(changes: dict[str, Any], field: str, value: object) -> None:
         ({"architectures": "LlamaForCausalLM"}, "architectures"),
         ({"architectures": None, "model_type": None}, "model_type None"),
         ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "mixture of experts.*nearest that is: Qwen3ForCausalLM"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "a shared expert.*nearest that is: Qwen3MoeForCausalLM"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"sliding_window": 4096}, "sliding_window 4096"),
         ({"partial_rotary_factor": 2.5}, "partial_rotary_factor is 2.5"),

@@ -24,6 +24,7 @@ from distllm.engine import build_engine, load_weights, open_source, read_spec
 from distllm.errors import CheckpointError
 from distllm.models.decoder import Decoder
 from distllm.models.glm import DEFAULTS as GLM_DEFAULTS
+from distllm.models.moe_spec import MoESpec
 from distllm.models.registry import FAMILIES, family_named, parse_config
 from distllm.models.rope_spec import RopeSpec
 from distllm.models.shards import shard_table, slot_shapes
@@ -127,6 +128,9 @@ GREEDY: dict[str, list[tuple[int, int]]] = {
     "baichuan 7b": [(2, 2)],
     "baichuan2 13b": LAYOUTS,
     "qwen": LAYOUTS,
+    "mixtral": LAYOUTS,
+    "qwen3_moe": LAYOUTS,
+    "qwen3_moe, dense layers": [(2, 2)],
 }
 
 
@@ -236,6 +240,17 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         ("qwen2, window on", {"layer_types": ["sliding_attention"]}, "1 windows for 3 layers"),
         ("qwen3", {"num_experts": 8}, "num_experts 8 is not supported"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer type is 'sliding_attention'"),
+        ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok is 6; .* from 1 to 5"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts is missing"),
+        ("mixtral", {"hidden_act": "gelu"}, "the experts' activation is 'gelu'; supported: 'silu'"),
+        ("mixtral", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size 8 is not supp"),
+        ("qwen3_moe", {"n_shared_experts": 1}, "n_shared_experts 1 is not supported"),
+        ("qwen3_moe", {"norm_topk_prob": "yes"}, "norm_topk_prob is 'yes'"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ("qwen3_moe", {"moe_intermediate_size": ...}, "moe_intermediate_size is missing"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ("qwen3_moe", {"mlp_only_layers": [3]}, "a layer of mlp_only_layers is 3; .* from 0 to 2"),
+        ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers is 'all'; it must be a list"),
         ("starcoder2", {"norm_type": "rms_norm"}, "norm_type is 'rms_norm'; supported: 'layer_norm'"),
         ("starcoder2", {"use_bias": "yes"}, "qkv_bias is 'yes'"),
         ("starcoder2", {"mlp_type": "gated"}, "mlp_type is 'gated'; supported: 'default'"),
@@ -327,6 +342,8 @@ def test_released_defaults() -> None:
     """What files leave out is what the first release of the family had."""
     config = replace(CASES["mistral, none"], hub=CASES["mistral, none"].hub | {"sliding_window": ...})
     assert parse_config(config.hub_config()).windows == (4096,) * 3
+    moe = replace(CASES["qwen3_moe"], hub=CASES["qwen3_moe"].hub | {"norm_topk_prob": ...})
+    assert parse_config(moe.hub_config()).moe == MoESpec(9, 3, 13, renormalize=False)
     assert parse_config(CASES["starcoder2"].hub_config()).tied_embeddings
     assert parse_config(CASES["gemma2"].hub_config()).tied_embeddings
     glm = parse_config(changed(CASES["glm"].hub_config(), dict.fromkeys(GLM_DEFAULTS, ...)))

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from distllm.comm.local import LocalComm
-from distllm.engine.source import Block
+from distllm.engine.source import Block, region_at
 from distllm.errors import CheckpointError
 from distllm.kernels import add_rms_norm
+from distllm.models.moe_spec import MoESpec
 from distllm.models.rope_spec import (
     DynamicScaling,
     LinearScaling,
@@ -59,6 +60,11 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
     ],
     "activation": [{"activation": name} for name in ("gelu", "gelu_tanh", "relu")],
     "gated": [{"gated": False}],
+    "moe": [
+        {"moe": MoESpec(5, 2, 13, renormalize=True)},
+        {"moe": MoESpec(3, 3, 1, renormalize=False)},
+        {"moe": MoESpec(4, 1, 9, renormalize=False, dense_layers=(1,))},
+    ],
     "biases": [{"qkv_bias": True, "out_bias": True, "mlp_bias": True}, {"qkv_bias": True}],
     "residual": [{"residual": "parallel"}, {"residual": "parallel_shared"}],
     "post_norms": [{"post_norms": True}],
@@ -89,9 +95,8 @@ class MemorySource:
     def read(self, shards: Sequence[TensorShard], device: torch.device) -> Iterator[Block]:
         for shard in shards:
             for piece in shard.pieces:
-                size = piece.stop - piece.start
-                region = (slice(None),) * piece.dim + (slice(piece.dst_start, piece.dst_start + size),)
-                yield Block(shard.name, region, self.slots[piece.slot].narrow(piece.dim, piece.start, size))
+                values = self.slots[piece.slot].narrow(piece.dim, piece.start, piece.stop - piece.start)
+                yield Block(shard.name, region_at(piece.origin(values.dim()), values), values)
 
 
 def error(spec: DecoderSpec, layout: RankLayout, seed: int) -> float:
@@ -119,6 +124,8 @@ def test_together(seed: int) -> None:
         changes |= rng.choice([{}, *choices])
     if changes.get("normalized_head"):
         changes["tied_embeddings"] = False
+    if changes.get("moe"):  # the only MLPs that experts are
+        changes |= {"activation": "silu", "gated": True, "mlp_bias": False}
     spec = replace(BASE, **changes)
     tp_sizes = [tp for tp in valid_tp_sizes(spec.num_heads, spec.num_kv_heads) if tp <= 6]
     assert error(spec, RankLayout(rng.choice(tp_sizes), rng.choice([1, 2])), seed) <= 1e-4
@@ -154,7 +161,14 @@ def test_norms_that_the_sum_over_ranks_brings_along(monkeypatch: pytest.MonkeyPa
     ids=lambda rope: rope and rope.scaling.kind,
 )
 def test_nested_specs_survive_json(rope: RopeSpec | None) -> None:
-    spec = replace(BASE, rope=rope, windows=(3, 0), window_rope=RopeSpec(50.0), learned_positions=2)
+    spec = replace(
+        BASE,
+        rope=rope,
+        windows=(3, 0),
+        window_rope=RopeSpec(50.0),
+        learned_positions=2,
+        moe=MoESpec(4, 2, 7, renormalize=True, dense_layers=(0,)),
+    )
     assert DecoderSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
@@ -175,3 +189,29 @@ def test_nested_specs_survive_json(rope: RopeSpec | None) -> None:
 def test_refused(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(CheckpointError, match=text):
         replace(BASE, **changes)
+
+
+EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "intermediate_size": 7, "renormalize": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"num_experts": 0}, "num_experts is 0; it must be an integer from 1 to 4096"),
+        ({"num_experts": 10**9}, "num_experts is 1000000000"),
+        ({"top_k": 5}, "num_experts_per_tok is 5; it must be an integer from 1 to 4"),
+        ({"top_k": True}, "num_experts_per_tok is True"),
+        ({"intermediate_size": 0}, "the experts' intermediate_size is 0"),
+        ({"renormalize": 1}, "norm_topk_prob is 1"),
+        ({"dense_layers": (-1,)}, "a dense layer is -1"),
+    ],
+)
+def test_refused_experts(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        MoESpec(**EXPERTS | changes)
+
+
+@pytest.mark.parametrize("change", [{"activation": "gelu"}, {"gated": False}, {"mlp_bias": True}])
+def test_experts_are_gated_by_silu_without_biases(change: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=f"the experts' {next(iter(change))} is"):
+        replace(BASE, moe=MoESpec(**EXPERTS), **change)

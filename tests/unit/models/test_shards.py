@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from distllm.errors import LayoutError
+from distllm.models.moe_spec import MoESpec
 from distllm.models.rope_spec import RopeSpec
 from distllm.models.shards import check_layout, shard_table, slot_shapes, stage_layers
 from distllm.models.spec import DecoderSpec, NormSpec
@@ -37,14 +39,16 @@ def spec(**changes: object) -> DecoderSpec:
     return DecoderSpec(**values | changes)  # type: ignore[arg-type]
 
 
+MOE = MoESpec(3, 2, 7, renormalize=True, dense_layers=(1, 4))
 GRIDS = [(1, 1), (3, 1), (1, 5), (3, 2), (6, 2), (12, 3)]
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"tied_embeddings": True}, {"moe": MOE, "mlp_bias": False}], ids=str)
 @pytest.mark.parametrize(("tp_size", "pp_size"), GRIDS)
-def test_every_element_is_owned(tp_size: int, pp_size: int, tied: bool) -> None:
+def test_every_element_is_owned(tp_size: int, pp_size: int, changes: dict[str, object]) -> None:
     """Count the owners of each row or column of each slot over all ranks."""
-    model, layout = spec(tied_embeddings=tied), RankLayout(tp_size, pp_size)
+    model, layout = spec(**changes), RankLayout(tp_size, pp_size)
+    tied = model.tied_embeddings
     owners: dict[str, Counter[int]] = {slot: Counter() for slot in slot_shapes(model)}
     dims: dict[str, int] = {}
     for rank in range(layout.world_size):
@@ -58,7 +62,7 @@ def test_every_element_is_owned(tp_size: int, pp_size: int, tied: bool) -> None:
 
 
 def owner_count(slot: str, tp_size: int, pp_size: int, tied: bool) -> int:
-    if "norm" in slot or slot.endswith((".o.bias", ".down.bias")):
+    if "norm" in slot or "router" in slot or slot.endswith((".o.bias", ".down.bias")):
         return tp_size
     if ".attn.k." in slot or ".attn.v." in slot:
         return max(1, tp_size // 3)
@@ -78,6 +82,24 @@ def test_pieces_fill_their_shard_without_overlap(tp_size: int, pp_size: int) -> 
                 assert at <= shard.shape[0]
             else:
                 assert at == shard.shape[piece.dim]
+
+
+@pytest.mark.parametrize("tp_size", [1, 3, 12])
+def test_pieces_fill_stacks_without_overlap(tp_size: int) -> None:
+    """Each value of each matrix is written once; seven features on twelve ranks leave some without any."""
+    for rank in range(tp_size):
+        shards = shard_table(spec(moe=MOE, mlp_bias=False), RankLayout(tp_size, rank=rank))
+        stacks = [shard for shard in shards if len(shard.shape) == 3]
+        assert [shard.name for shard in stacks] == [
+            f"layers.{n}.moe.{part}.weight" for n in (0, 2, 3) for part in ("gate_up", "down")
+        ]
+        for shard in stacks:
+            written = np.zeros(shard.flat_shape, int)
+            for piece in shard.pieces:
+                row, column = piece.origin(2)
+                rows, columns = piece.shape(shard.matrix_shape)
+                written[row : row + rows, column : column + columns] += 1
+            assert (written == 1).all()
 
 
 def test_names_are_unique_and_stages_hold_their_own_layers() -> None:

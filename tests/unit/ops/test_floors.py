@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from distllm.engine import read_spec
-from distllm.ops.bench.floors import Ceilings, Floors, StageCost, stage_costs
+from distllm.ops.bench.floors import Ceilings, ExpertCost, Floors, StageCost, stage_costs
 
 SHAPES = Path(__file__).parents[3] / "benchmarks/shapes"
 H100 = Ceilings(read_bytes_per_s=3.0e12, flop_per_s=790e12)
@@ -15,7 +16,8 @@ H200 = Ceilings(read_bytes_per_s=4.3e12, flop_per_s=790e12)
 
 
 def floors(shape: str, ceilings: Ceilings, tp: int = 1, pp: int = 1) -> Floors:
-    return Floors(stage_costs(read_spec(SHAPES / f"llama-{shape}"), tp, pp, 2), ceilings)
+    folder = SHAPES / (shape if "-" in shape else f"llama-{shape}")
+    return Floors(stage_costs(read_spec(folder), tp, pp, 2), ceilings)
 
 
 def test_costs_of_8b_by_hand() -> None:
@@ -38,6 +40,29 @@ def test_floors_of_a_toy_by_hand() -> None:
     assert toy.first_token_s(1) == pytest.approx(4)
     assert toy.first_token_s(20) == pytest.approx((2 * (20 * 20 + 10) + 4 * 20 * 20 / 2) / 100)
     assert toy.output_tokens_per_s(10, 3, 4) == pytest.approx(1 / (0.6 + 5 * 0.2 + (140 + 18) / 100 / 4))
+
+
+def test_costs_of_mixtral_by_hand() -> None:
+    (cost,) = floors("mixtral-8x7b", H100, tp=2).costs
+    dense = 4096 * (16 + 2 * 4) * 128 + 16 * 128 * 4096 + 8 * 4096
+    expert = 3 * 4096 * 7168
+    assert cost.experts == ExpertCost(8, 2, 2 * 32 * 8 * expert)
+    assert cost.layer_params == 32 * (dense + 2 * expert)
+    assert cost.weight_bytes == 2 * (32 * (dense + 2 * 4096) + 4096 + 16000 * 4096)
+    assert cost.read_bytes(1) == pytest.approx(cost.weight_bytes + 2 * 32 * 2 * expert)
+    assert cost.read_bytes(1000) == pytest.approx(cost.weight_bytes + 2 * 32 * 8 * expert)
+
+
+def test_active_parameters_of_qwen3_30b_a3b() -> None:
+    """Published: 3.3 billion, the embedding included, which a step does not multiply with."""
+    (cost,) = floors("qwen3-30b-a3b", H100).costs
+    assert cost.layer_params + 2 * cost.head_params == pytest.approx(3.35e9, rel=0.01)
+
+
+def test_experts_touched_by_draws() -> None:
+    rng, cost = random.Random(0), ExpertCost(8, 2, 800)
+    draws = [len({e for _ in range(5) for e in rng.sample(range(8), 2)}) for _ in range(20000)]
+    assert cost.read_bytes(5) == pytest.approx(100 * sum(draws) / len(draws), rel=0.01)
 
 
 @pytest.mark.parametrize(("batch", "expected_ms"), [(1, 5.05), (8, 5.36), (64, 7.87), (256, 16.5)])

@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distllm.models.moe_spec import MoESpec
 from distllm.ops.bench.floors import Ceilings
 from distllm.ops.bench.kernel_cases import Case, StepCases
 from distllm.ops.bench.kernels import run_case
+from distllm.ops.bench.operations import stage_linears
+from distllm.parallel.layout import RankLayout
 from tests.specs import llama_spec
 
 CPU = torch.device("cpu")
@@ -45,6 +48,23 @@ def test_bytes_and_flop_by_hand() -> None:
     assert decode["sample_tokens"].num_bytes == 4 * 3 * 50
     assert cases(tp=2)["linear mlp.down"].num_flop == linear.num_flop // 4
     assert cases(dtype=torch.bfloat16)["linear head"].num_bytes == 2 * (50 * 24 + 3 * (24 + 50))
+
+
+MIXTURE = replace(SPEC, moe=MoESpec(6, 2, 10, renormalize=True, dense_layers=(1,)))
+
+
+def test_layers_with_and_without_experts() -> None:
+    for n in (1, 2, 5):
+        steps = StepCases(MIXTURE, 2, torch.float32, CPU)
+        decode = {case.operation: case for case in steps.decode(n, 16)}
+        mix, expert = decode["expert_mlp"], 3 * 24 * 5
+        assert mix.num_bytes == 4 * (min(6, 2 * n) * expert + 2 * n * 24)
+        assert mix.num_flop == 2 * 2 * n * expert
+        assert mix.make()().isfinite().all()
+        shares, experts = decode["route"].make()()
+        assert shares.shape == experts.shape == (n, 2) and decode["route"].num_bytes == n * (4 * 6 + 2 * 12)
+        assert {f"linear {name}" for name in stage_linears(MIXTURE, RankLayout(2))} <= set(decode)
+    assert stage_linears(MIXTURE, RankLayout())[2:6] == ["moe.router", "attn.qkv", "attn.o", "mlp.gate_up"]
 
 
 def test_prefill_attention_counts_causal_pairs() -> None:

@@ -14,6 +14,7 @@ from distllm.kernels import add_rms_norm, sample_tokens
 from distllm.parallel.linear import (
     ColumnParallelLinear,
     GatedColumnParallelLinear,
+    PartialSum,
     RowParallelLinear,
 )
 from distllm.parallel.sharding import padded_vocab_rows, split_range
@@ -54,7 +55,9 @@ def test_column_then_row(size: int, bias: bool) -> None:
         cut_bias = None if up_bias is None else up_bias[start:stop]
         column = ColumnParallelLinear(up[start:stop], cut_bias, RMSNorm(gain, 1e-5))
         stream = Stream(x.clone())
-        return RowParallelLinear(down[:, start:stop], down_bias, tp)(column(stream), stream).hidden
+        return RowParallelLinear(down[:, start:stop], PartialSum(tp, down_bias))(
+            column(stream), stream
+        ).hidden
 
     found = on_ranks(size, rank)
     wide = [None if b is None else b.double() for b in (up_bias, down_bias)]
@@ -150,7 +153,7 @@ def test_row_fuses_the_next_norm_where_it_can(out: int, bias: bool) -> None:
         x.double(), weight.double(), offset if offset is None else offset.double()
     )
 
-    row = RowParallelLinear(weight, offset, Fusing())  # type: ignore[arg-type]
+    row = RowParallelLinear(weight, PartialSum(Fusing(), offset))  # type: ignore[arg-type]
     stream = row(x, Stream(residual.clone()), RMSNorm(gain, 1e-5))
     torch.testing.assert_close(stream.hidden.double(), total, atol=1e-5, rtol=1e-5)
     assert (stream.normed is not None) == (not bias and out % 2 == 0)
@@ -161,7 +164,7 @@ def test_row_fuses_the_next_norm_where_it_can(out: int, bias: bool) -> None:
 def test_row_leaves_to_others_what_a_kernel_cannot_norm() -> None:
     """A gain in fp32 behind a stream in bf16, and a LayerNorm: summed alone, normed by whoever reads."""
     x, weight, residual = (torch.randn(shape).bfloat16() for shape in ((5, 11), (6, 11), (5, 6)))
-    row = RowParallelLinear(weight, None, Fusing())  # type: ignore[arg-type]
+    row = RowParallelLinear(weight, PartialSum(Fusing()))  # type: ignore[arg-type]
     gain, bias = torch.randn(6), torch.randn(6)
     for norm in (RMSNorm(gain, 1e-5), LayerNorm(gain.bfloat16(), bias.bfloat16(), 1e-5)):
         stream = row(x, Stream(residual.clone()), norm)
@@ -179,7 +182,7 @@ def test_row_norms_what_it_adds(size: int, bias: bool) -> None:
 
     def rank(tp: TensorComm) -> torch.Tensor:
         start, stop = split_range(11, tp.size, tp.rank)
-        row = RowParallelLinear(weight[:, start:stop], offset, tp, RMSNorm(gain, 1e-5))
+        row = RowParallelLinear(weight[:, start:stop], PartialSum(tp, offset, RMSNorm(gain, 1e-5)))
         return row(x[:, start:stop], Stream(residual.clone())).hidden
 
     added = F.linear(x.double(), weight.double(), offset if offset is None else offset.double())
