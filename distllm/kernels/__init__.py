@@ -7,6 +7,7 @@ file, by where the first argument lies. Contracts stand at the references.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache, wraps
 from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
@@ -47,6 +48,12 @@ def _by_device(reference: Callable[P, R]) -> Callable[P, R]:
         return (_triton(module, name) if first.is_cuda else reference)(*args, **kwargs)
 
     return operation
+
+
+def compile_together() -> AbstractContextManager[None]:
+    """On a GPU only: see triton/compile.py."""
+    manager: AbstractContextManager[None] = _triton("compile", "compile_together")()
+    return manager
 
 
 activate = _by_device(activation.activate)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from distllm.comm.base import Channels
-from distllm.kernels import gather_batch
+from distllm.kernels import compile_together, gather_batch
 from distllm.kernels.batch import TokenBatch
 from distllm.models.decoder import Decoder
 from distllm.parallel.layout import RankLayout
@@ -74,13 +74,19 @@ class ModelRunner:
 
         Collective: every rank of the engine.
         """
-        pool = torch.cuda.graph_pool_handle()
         padding_slot = self._tables.padding_slot
         if not self._layout.is_first_stage:
             rows = max(max_num_seqs, max_tokens)
             self._hidden_in = self._kv_cache.new_empty(rows, self._decoder.spec.hidden_size)
-        self._prompts = PromptGraphs(self._prompt, max_tokens, padding_slot, pool, self._device)
-        self._decodes = DecodeGraphs(self._decode, max_num_seqs, padding_slot, pool, self._device)
+        prompts = PromptGraphs(self._prompt, max_tokens, padding_slot, self._device)
+        decodes = DecodeGraphs(self._decode, max_num_seqs, padding_slot, self._device)
+        with compile_together():
+            prompts.rehearse()
+            decodes.rehearse()
+        pool = torch.cuda.graph_pool_handle()
+        prompts.capture(pool)
+        decodes.capture(pool)
+        self._prompts, self._decodes = prompts, decodes
 
     def release(self) -> None:
         """Forget the captured steps. Before the communicators close: NCCL waits until no graph holds them."""
