@@ -64,6 +64,7 @@ choose_best = _by_device(sampling.choose_best)
 embed = embedding.embed
 expert_mlp = _by_device(experts.expert_mlp)
 gather_batch = _by_device(gather.gather_batch)
+keep_typical = truncation.keep_typical
 layer_norm = _by_device(norm.layer_norm)
 linear = _by_device(linears.linear)
 linear_activate_mul = _by_device(linears.linear_activate_mul)

@@ -54,7 +54,8 @@ def _free_bytes(config: EngineConfig, spec: DecoderSpec, device: torch.device) -
 def _step_bytes(config: EngineConfig, spec: DecoderSpec) -> int:
     """Upper bound of a step's tensors: some hidden states and one MLP of every token, logits of every row."""
     per_token = 2 * (8 * spec.hidden_size + 3 * spec.intermediate_size)
-    per_row = 12 * spec.vocab_size  # this rank's, all ranks', and a copy where stop tokens are kept away
+    # Logits of this rank, of all, and what LogitControls need at once: fp32 twice, two counts.
+    per_row = (2 * 2 + 4 * 4) * spec.vocab_size
     return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_row
 
 

@@ -9,6 +9,7 @@ request; called by the worker and the coordinator loops.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +19,7 @@ from distllm.kernels import compile_together, gather_batch
 from distllm.kernels.batch import TokenBatch
 from distllm.models.decoder import Decoder
 from distllm.parallel.layout import RankLayout
+from distllm.runtime.controlled_rows import LogitsProcessor
 from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs
 from distllm.runtime.plan import StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.sampler import Sampled, Sampler, num_top_logprobs
@@ -52,6 +54,7 @@ class ModelRunner:
         channels: Channels,
         tables: SlotTables,
         kv_cache: torch.Tensor,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         """kv_cache: [layers of this stage, 2, num_blocks, block_size, KV heads of this rank, head_dim]."""
         self._decoder = decoder
@@ -61,7 +64,7 @@ class ModelRunner:
         self._kv_cache = kv_cache
         self._device = kv_cache.device
         if layout.is_last_stage:
-            self._sampler = Sampler(decoder.head, tables)
+            self._sampler = Sampler(decoder.head, tables, processors)
         self._decodes: DecodeGraphs[_DecodeOutput] | None = None
         self._prompts: PromptGraphs[tuple[TokenBatch, torch.Tensor]] | None = None
         self._hidden_in: torch.Tensor | None = None  # where captured steps of later stages read
@@ -180,8 +183,7 @@ class ModelRunner:
             return _DecodeOutput(positions, hidden)
         shard = self._decoder.head(hidden)
         token_ids = self._sampler.sample_plain(shard, slots, positions)
-        if self._layout.is_first_stage:
-            self._tables.write_tokens(slots, positions, token_ids)
+        self._tables.write_tokens(slots, positions, token_ids)
         return _DecodeOutput(positions, shard, token_ids)
 
     def _replay_decode(self, plan: StepPlan, graphs: DecodeGraphs[_DecodeOutput]) -> None:
@@ -231,8 +233,11 @@ class ModelRunner:
         """From the last stage to the tables of the first."""
         if self._layout.is_first_stage:
             self._take_up(rows, sampled)
-        else:
-            self._send(sampled)
+            return
+        # Penalties and n-grams are of what the last stage knows.
+        slots = to_device(rows.slots, torch.int64, self._device)
+        self._tables.write_tokens(slots, rows.positions, sampled.token_ids)
+        self._send(sampled)
 
     def _expect(self, rows: _SampledRows) -> None:
         if self._layout.is_first_stage:

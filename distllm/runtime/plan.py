@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from distllm.runtime.logit_controls import LogitControls
+
 
 @dataclass(frozen=True)
 class RowSampling:
@@ -23,15 +25,19 @@ class RowSampling:
     num_logprobs: int = -1  # -1 none, 0 the sampled token's alone, k also the k best
     min_tokens: int = 0  # until so many are generated, stop_token_ids cannot be sampled
     stop_token_ids: tuple[int, ...] = ()
+    typical_p: float = 1.0  # 1 keeps all
+    controls: LogitControls | None = None
 
     @property
     def truncates(self) -> bool:
+        """By a border on the logits."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def is_plain(self) -> bool:
         """Greedy or tempered, and nothing more: what a captured step can sample."""
-        return not self.truncates and self.num_logprobs < 0 and self.min_tokens == 0
+        changed = self.truncates or self.typical_p < 1 or self.controls is not None
+        return not changed and self.num_logprobs < 0 and self.min_tokens == 0
 
 
 @dataclass(frozen=True)

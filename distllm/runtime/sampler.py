@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from distllm.kernels import lowest_kept, sample_tokens, token_logprobs
+from distllm.kernels import keep_typical, lowest_kept, sample_tokens, token_logprobs
 from distllm.parallel.vocab import VocabParallelHead
+from distllm.runtime.controlled_rows import ControlledRows, History, LogitsProcessor
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import to_device
@@ -51,9 +53,14 @@ class Sampler:
     rank travel; the others need all logits on every rank.
     """
 
-    def __init__(self, head: VocabParallelHead, tables: SlotTables) -> None:
+    def __init__(
+        self, head: VocabParallelHead, tables: SlotTables, processors: Sequence[LogitsProcessor] = ()
+    ) -> None:
+        """processors: what LogitControls.processors counts."""
         self._head = head
         self._tables = tables
+        self._processors = processors
+        self._controlled: ControlledRows | None = None  # of the last batch that had some
 
     def sample(self, shard: torch.Tensor, slots: list[int], positions: torch.Tensor) -> Sampled:
         """One token for each row of the head's logits; positions [n] int64 are those of the new tokens.
@@ -65,13 +72,22 @@ class Sampler:
             return Sampled(self.sample_plain(shard, index, positions))
         rows = [self._tables.sampling[slot] for slot in slots]
         logits, parameters = self._head.gather(shard), self._tables.parameters(index)
-        token_ids = _choose(logits, rows, positions, parameters)
+        history = History(self._tables.token_ids, index, positions, parameters["num_prompt"])
+        token_ids = _choose(self._control(logits, rows, history), rows, positions, parameters)
         return _with_logprobs(logits, token_ids, num_top_logprobs(rows))
 
     def sample_plain(self, shard: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As sample(), of plain rows: [n] int64. Decides nothing on the host, so it can be captured."""
         parameters = self._tables.parameters(slots)
         return self._head.best_tokens(shard, parameters["temperature"], parameters["seed"], positions)
+
+    def _control(self, logits: torch.Tensor, rows: list[RowSampling], history: History) -> torch.Tensor:
+        controls = [row.controls for row in rows]
+        if not any(controls):
+            return logits
+        if self._controlled is None or not self._controlled.serves(controls):
+            self._controlled = ControlledRows(controls, self._processors, logits.device)
+        return self._controlled.apply(logits, history)
 
 
 def _choose(
@@ -84,7 +100,24 @@ def _choose(
     temperature, lowest = parameters["temperature"], None
     if any(row.truncates for row in rows):
         lowest = lowest_kept(allowed, temperature, *(parameters[n] for n in ("top_k", "top_p", "min_p")))
+    allowed = _typical(allowed, rows, temperature, lowest)
     return sample_tokens(allowed, temperature, parameters["seed"], positions, lowest)
+
+
+def _typical(
+    logits: torch.Tensor, rows: list[RowSampling], temperature: torch.Tensor, lowest: torch.Tensor | None
+) -> torch.Tensor:
+    """Only rows that ask for it are touched; the input is kept."""
+    some = [(i, row.typical_p) for i, row in enumerate(rows) if row.typical_p < 1]
+    if not some:
+        return logits
+    numbers, masses = zip(*some, strict=True)
+    index = to_device(numbers, torch.int64, logits.device)
+    mass = to_device(masses, torch.float32, logits.device)
+    kept = keep_typical(
+        logits[index].float(), temperature[index], None if lowest is None else lowest[index], mass
+    )
+    return logits.index_copy(0, index, kept.to(logits.dtype))
 
 
 def num_top_logprobs(rows: list[RowSampling]) -> int:
