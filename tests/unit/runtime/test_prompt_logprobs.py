@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts against transformers: in chunks, by stages, after preemptions, in any batch."""
+"""Log-probabilities of prompts against transformers: in chunks, by stages, in any batch."""
 
 from __future__ import annotations
 
@@ -40,9 +40,8 @@ def run(folder: Path, tp: int, pp: int, method: str, *args: Any, **options: Any)
 def prompts() -> list[list[int]]:
     rng = random.Random(5)
     shared = [rng.randrange(3, 131) for _ in range(16)]
-    return [
-        shared[: 8 * (i % 3)] + [rng.randrange(3, 131) for _ in range(rng.randrange(1, 30))] for i in range(9)
-    ]
+    own = [[rng.randrange(3, 131) for _ in range(rng.randrange(1, 30))] for _ in range(9)]
+    return [shared[: 8 * (i % 3)] + text for i, text in enumerate(own)]
 
 
 @torch.no_grad()

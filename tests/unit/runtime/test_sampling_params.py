@@ -12,7 +12,8 @@ from distllm.runtime.sampling_params import SamplingParams
 INF, NAN = float("inf"), float("nan")
 NUMBERS = (
     "n", "temperature", "top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "no_repeat_ngram_size", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs",
+    "repetition_penalty", "no_repeat_ngram_size", "seed", "max_tokens", "min_tokens", "logprobs",
+    "prompt_logprobs",
 )  # fmt: skip
 FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
 
