@@ -18,7 +18,7 @@ from distllm.errors import (
     RequestError,
     UserError,
 )
-from distllm.runtime.outputs import CompletionOutput, Logprob, RequestOutput
+from distllm.runtime.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
 from distllm.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "ScoreOutput",
     "UserError",
 ]
 

@@ -7,6 +7,7 @@ file, by where the first argument lies. Contracts stand at the references.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache, wraps
 from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
@@ -49,6 +50,12 @@ def _by_device(reference: Callable[P, R]) -> Callable[P, R]:
     return operation
 
 
+def compile_together() -> AbstractContextManager[None]:
+    """On a GPU only: see triton/compile.py."""
+    manager: AbstractContextManager[None] = _triton("compile", "compile_together")()
+    return manager
+
+
 activate = _by_device(activation.activate)
 activate_mul = _by_device(activation.activate_mul)
 add_rms_norm = _by_device(norm.add_rms_norm)
@@ -57,6 +64,7 @@ choose_best = _by_device(sampling.choose_best)
 embed = embedding.embed
 expert_mlp = _by_device(experts.expert_mlp)
 gather_batch = _by_device(gather.gather_batch)
+keep_typical = truncation.keep_typical
 layer_norm = _by_device(norm.layer_norm)
 linear = _by_device(linears.linear)
 linear_activate_mul = _by_device(linears.linear_activate_mul)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
 from distllm.runtime.generation import Generation
+from distllm.runtime.logit_controls import NO_CONTROLS, LogitControls
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.request import Request
 from distllm.runtime.sampling_params import SamplingParams
@@ -45,7 +46,10 @@ class Admission:
         max_model_len: int,
         eos_token_ids: Sequence[int],
         seed: int,
+        processors: Sequence[str] = (),
     ) -> None:
+        """processors: the names that SamplingParams.logits_processors may hold."""
+        self._processors = {name: number for number, name in enumerate(processors)}
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -103,6 +107,7 @@ class Admission:
         room = self._max_model_len - len(token_ids)
         stops = frozenset([*(() if params.ignore_eos else self._eos), *(params.stop_token_ids or ())])
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        controls = self._controls(params)
         requests: list[Request] = []
         for index in range(params.n):
             requests.append(
@@ -110,7 +115,7 @@ class Admission:
                     request_id=f"{request_id}.{index}" if params.n > 1 else request_id,
                     prompt_token_ids=token_ids,
                     max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
-                    sampling=self._row_sampling(params, seed + index, stops),
+                    sampling=self._row_sampling(params, seed + index, stops, controls, scores=index == 0),
                     stop_token_ids=stops,
                     priority=priority,
                     fork_from=requests[0] if requests else None,
@@ -119,7 +124,15 @@ class Admission:
             )
         return requests
 
-    def _row_sampling(self, params: SamplingParams, seed: int, stops: frozenset[int]) -> RowSampling:
+    def _row_sampling(
+        self,
+        params: SamplingParams,
+        seed: int,
+        stops: frozenset[int],
+        controls: LogitControls | None,
+        scores: bool,
+    ) -> RowSampling:
+        """scores: this one of the n samples scores the prompt that they share, if that is asked for."""
         # min_tokens keeps even an ignored eos away, as in vLLM.
         forbidden = sorted(stops.union(self._eos)) if params.min_tokens else []
         return RowSampling(
@@ -128,10 +141,57 @@ class Admission:
             top_p=float(params.top_p),
             min_p=float(params.min_p),
             seed=(seed + 2**63) % 2**64 - 2**63,
-            num_logprobs=-1 if params.logprobs is None else min(params.logprobs, self._vocab_size),
+            num_logprobs=self._num_logprobs(params.logprobs),
+            num_prompt_logprobs=self._num_logprobs(params.prompt_logprobs) if scores else -1,
             min_tokens=params.min_tokens,
             stop_token_ids=tuple(forbidden),
+            typical_p=1.0 if params.temperature < GREEDY_BELOW else float(params.typical_p),
+            controls=controls,
         )
+
+    def _num_logprobs(self, asked: int | None) -> int:
+        return -1 if asked is None else min(asked, self._vocab_size)
+
+    def _controls(self, params: SamplingParams) -> LogitControls | None:
+        """None where the request changes nothing."""
+        for field in ("allowed_token_ids", "logit_bias"):
+            for token_id in getattr(params, field) or ():
+                self._check_token_id(field, token_id)
+        controls = LogitControls(
+            allowed_token_ids=tuple(dict.fromkeys(params.allowed_token_ids or ())),
+            bad_words=self._bad_words(params.bad_words or ()),
+            no_repeat_ngram_size=params.no_repeat_ngram_size,
+            logit_bias=tuple((token_id, float(v)) for token_id, v in (params.logit_bias or {}).items()),
+            repetition_penalty=float(params.repetition_penalty),
+            presence_penalty=float(params.presence_penalty),
+            frequency_penalty=float(params.frequency_penalty),
+            processors=tuple(map(self._processor, params.logits_processors or ())),
+        )
+        return None if controls == NO_CONTROLS else controls
+
+    def _processor(self, name: str) -> int:
+        if name not in self._processors:
+            known = ", ".join(self._processors) or "none"
+            raise RequestError(f"logits_processors holds {name!r}; the LLM was given: {known}")
+        return self._processors[name]
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """As vLLM: each word at the start of a text and, where that is another token, after a space."""
+        if words and self._tokenizer is None:
+            raise RequestError("bad_words need a tokenizer, and the model folder has none")
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            plain, spaced = (self._word(prefix + word.lstrip()) for prefix in ("", " "))
+            found[plain] = None
+            if spaced[:1] != plain[:1] and len(spaced) == len(plain):
+                found[spaced] = None
+        return tuple(word for word in found if word)
+
+    def _word(self, text: str) -> tuple[int, ...]:
+        assert self._tokenizer is not None, "bad words were checked"
+        token_ids = self._tokenizer.encode(text, add_special_tokens=False)
+        self._check_token_ids(token_ids)
+        return tuple(token_ids)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         if isinstance(prompt, Mapping):

@@ -48,13 +48,14 @@ class _Captured(Generic[Output]):
     output: Output
 
 
+def _capture_all(
+    step: Callable[[int], Output], sizes: list[int], pool: object
+) -> dict[int, _Captured[Output]]:
+    """The largest first, so that the smaller ones fit into its memory."""
+    return {size: _capture(partial(step, size), pool) for size in reversed(sizes)}
+
+
 def _capture(step: Callable[[], Output], pool: object) -> _Captured[Output]:
-    """Run step once, so that kernels are compiled and libraries started, then record it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
         output = step()
@@ -69,20 +70,26 @@ class DecodeGraphs(Generic[Output]):
         step: Callable[[torch.Tensor], Output],
         max_num_seqs: int,
         padding_slot: int,
-        pool: object,
         device: torch.device,
     ) -> None:
-        """Capture every size, the largest first, so that the smaller ones fit into its memory.
-
-        Collective: every rank of the stage, if step is.
-        """
         self._slots = torch.full((max_num_seqs,), padding_slot, dtype=torch.int64, device=device)
         self._padding_slot = padding_slot
         self._loaded: list[int] = []  # what the buffer holds, padding left out
         self._sizes = batch_sizes(max_num_seqs)
-        self._captured = {
-            size: _capture(partial(step, self._slots[:size]), pool) for size in reversed(self._sizes)
-        }
+        self._step = step
+        self._captured: dict[int, _Captured[Output]] = {}
+
+    def rehearse(self) -> None:
+        """Run every size once, before any is captured. Collective: every rank of the stage, if step is."""
+        for size in self._sizes:
+            self._run(size)
+
+    def capture(self, pool: object) -> None:
+        """Collective, as rehearse()."""
+        self._captured = _capture_all(self._run, self._sizes, pool)
+
+    def _run(self, size: int) -> Output:
+        return self._step(self._slots[:size])
 
     def replay(self, slots: Sequence[int]) -> Output:
         """Run the step on these slots. The output's first len(slots) rows are theirs."""
@@ -110,18 +117,26 @@ class PromptGraphs(Generic[Output]):
         step: Callable[[torch.Tensor, torch.Tensor, int], Output],
         max_tokens: int,
         padding_slot: int,
-        pool: object,
         device: torch.device,
     ) -> None:
-        """Capture the sizes up to max_tokens. Collective: every rank of the stage, if step is."""
+        """max_tokens: of the longest prompt step, captured or not."""
         self._inputs = torch.zeros(2 * PROMPT_ROWS + 3, dtype=torch.int32, device=device)
         slots, cu_seqlens = self._inputs.split([PROMPT_ROWS + 1, PROMPT_ROWS + 2])
         self._padding_slot = padding_slot
+        self._max_tokens = max_tokens
         self._sizes = [size for size in PROMPT_TOKENS if size <= max_tokens]
+        self._run = partial(step, slots, cu_seqlens)
         self._captured: dict[int, _Captured[Output]] = {}
-        for size in reversed(self._sizes):
-            self._load([], [0], size)
-            self._captured[size] = _capture(partial(step, slots, cu_seqlens, size), pool)
+
+    def rehearse(self) -> None:
+        """As DecodeGraphs.rehearse(); the longest too, since some kernels are for long prompts alone."""
+        for size in self._sizes:
+            self._run(size)
+        self._run(self._max_tokens)
+
+    def capture(self, pool: object) -> None:
+        """Collective, as rehearse()."""
+        self._captured = _capture_all(self._run, self._sizes, pool)
 
     def fits(self, num_rows: int, num_tokens: int) -> bool:
         return num_rows <= PROMPT_ROWS and bool(self._sizes) and num_tokens <= self._sizes[-1]

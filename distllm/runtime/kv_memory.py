@@ -58,7 +58,8 @@ def _step_bytes(config: EngineConfig, spec: DecoderSpec) -> int:
     per_token = 2 * (8 * spec.hidden_size + 3 * spec.intermediate_size)
     if spec.moe is not None:  # their outputs are in fp32 until they are summed
         per_token += spec.moe.top_k * (4 * spec.hidden_size + 2 * spec.moe.intermediate_size)
-    per_row = 12 * spec.vocab_size  # this rank's, all ranks', and a copy where stop tokens are kept away
+    # Logits of this rank, of all, and what LogitControls need at once: fp32 twice, two counts.
+    per_row = (2 * 2 + 4 * 4) * spec.vocab_size
     return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_row
 
 

@@ -33,11 +33,12 @@ from distllm.models.decoder import Decoder
 from distllm.models.shards import check_layout, shard_table
 from distllm.parallel.layout import RankLayout
 from distllm.runtime.admission import Admission, Prompt
+from distllm.runtime.controlled_rows import LogitsProcessor
 from distllm.runtime.coordinator import Coordinator, Watch
 from distllm.runtime.generation import Generation
 from distllm.runtime.kv_memory import allocate_kv_cache, kv_block_count
 from distllm.runtime.model_runner import ModelRunner
-from distllm.runtime.outputs import RequestOutput
+from distllm.runtime.outputs import RequestOutput, ScoreOutput, score_output
 from distllm.runtime.sampling_params import GENERATION_FIELDS, SamplingParams, default_sampling_params
 from distllm.runtime.scheduler import Scheduler, SchedulerConfig
 from distllm.runtime.slots import SlotTables
@@ -72,10 +73,13 @@ class LLM:
         pipeline_parallel_size: int = 1,
         comm: Intracomm | Control | None = None,
         progress: Progress | None = None,
+        logits_processors: Mapping[str, LogitsProcessor] | None = None,
         **options: Any,
     ) -> None:
         """model: "demo", a Hugging Face folder or an engine folder. options: the other fields of
         EngineConfig. progress: called with (bytes loaded, bytes in all) of this rank as weights are read.
+        logits_processors: Python that requests name in SamplingParams, the same on every rank; the steps of
+        such a request wait for the device.
 
         Raises UserError, the same on every rank, for whatever cannot work.
         """
@@ -87,6 +91,7 @@ class LLM:
         )
         self._in_use = self._closed = False
         self._progress = progress
+        self._processors = dict(logits_processors or {})
         self._control = open_control(comm, tensor_parallel_size * pipeline_parallel_size)
         try:
             self._start()
@@ -141,6 +146,15 @@ class LLM:
                 return self._chat_prompts(messages, tools, add_generation_prompt, chat_template_kwargs or {})
 
             return self._finish(self._admit(prompts, sampling_params, None))
+
+    def score(self, prompts: Prompt | Sequence[Prompt]) -> list[ScoreOutput]:
+        """The log-likelihood of each text, token by token: of prompts in their order on rank 0, an empty list
+        elsewhere. A text may have max_model_len − 1 tokens.
+
+        Raises RequestError, on every rank, if any prompt is refused.
+        """
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        return [score_output(output) for output in self.generate(prompts, params)]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What generate() uses where it is given none: the model's generation_config.json over the library's
@@ -254,7 +268,8 @@ class LLM:
             padding_block=num_blocks,
             device=device,
         )
-        runner = ModelRunner(decoder, self.layout, self._channels, tables, kv_cache)
+        processors = list(self._processors.values())
+        runner = ModelRunner(decoder, self.layout, self._channels, tables, kv_cache, processors)
         if device.type == "cuda" and not config.enforce_eager:
             runner.capture(config.max_num_seqs, min(config.max_num_batched_tokens, config.context_len))
         return runner, num_blocks
@@ -278,6 +293,7 @@ class LLM:
             self.config.context_len,
             sorted(stop for stop in stops if stop < source.spec.vocab_size),
             self.config.seed,
+            list(self._processors),
         )
 
     def _start_coordinator(self, source: WeightSource, num_blocks: int) -> None:
@@ -367,5 +383,3 @@ def log_generation_config(generation_config: Mapping[str, Any]) -> None:
     given = [f"{name} {value}" for name, value in values.items() if value is not None]
     if given:
         logger.info("default sampling from generation_config.json: %s", ", ".join(given))
-    if generation_config.get("repetition_penalty") not in (None, 1, 1.0):
-        logger.warning("generation_config.json asks for a repetition_penalty, which is not applied")

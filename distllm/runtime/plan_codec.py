@@ -10,19 +10,23 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from distllm.errors import DistllmError
+from distllm.runtime.logit_controls import LogitControls
 from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, StepPlan
 
 Words = npt.NDArray[np.int32]
 
-FORMAT = 0x444C0001  # "DL", then the version of this layout
+FORMAT = 0x444C0002  # "DL", then the version of this layout
 _STEP, _END, _ERROR = 1, 2, 3
 _HEADER_WORDS = 3
-_SAMPLING = struct.Struct("<qddd")  # seed, temperature, top_p, min_p
+_SAMPLING = struct.Struct("<qdddd")  # seed, temperature, top_p, min_p, typical_p
+_BIAS = struct.Struct("<id")  # token id, what is added: three words
+_PENALTIES = struct.Struct("<ddd")  # repetition, presence, frequency
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def encode(plan: StepPlan) -> Words:
     for pair in (*plan.block_copies, *ranges):
         words += pair
     for row in plan.prefills:
-        words += [row.slot, row.num_tokens, int(row.samples)]
+        words += [row.slot, row.num_tokens, int(row.samples), row.num_scored]
     return _message(_STEP, words)
 
 
@@ -89,6 +93,12 @@ class _Reader:
                 f"control message is damaged: {count} words wanted at word {start} of {len(self.words)}"
             )
         return self.words[start : self.position]
+
+    def take_list(self) -> tuple[int, ...]:
+        return tuple(self.take(*self.take(1)))
+
+    def unpack(self, packed: struct.Struct) -> Any:
+        return packed.unpack(_bytes(self.take(packed.size // 4)))
 
     def check_header(self) -> int:
         """The kind of the message, once format and length are known to be right."""
@@ -142,14 +152,35 @@ _DECODERS: dict[int, Callable[[_Reader], StepPlan | End | Error]] = {
 
 def _encode_row_init(init: RowInit) -> list[int]:
     sampling = init.sampling
-    packed = _SAMPLING.pack(sampling.seed, sampling.temperature, sampling.top_p, sampling.min_p)
+    packed = _SAMPLING.pack(
+        sampling.seed, sampling.temperature, sampling.top_p, sampling.min_p, sampling.typical_p
+    )
     return [
         *(init.slot, init.num_prompt_tokens, init.num_computed_tokens),
-        *(len(init.token_ids), *init.token_ids),
+        *_list(init.token_ids),
         *_words(packed),
-        *(sampling.top_k, sampling.num_logprobs, sampling.min_tokens),
-        *(len(sampling.stop_token_ids), *sampling.stop_token_ids),
+        *(sampling.top_k, sampling.num_logprobs, sampling.min_tokens, sampling.num_prompt_logprobs),
+        *_list(sampling.stop_token_ids),
+        *([0] if sampling.controls is None else [1, *_encode_controls(sampling.controls)]),
     ]
+
+
+def _encode_controls(controls: LogitControls) -> list[int]:
+    bias = [word for pair in controls.logit_bias for word in _words(_BIAS.pack(*pair))]
+    penalties = controls.repetition_penalty, controls.presence_penalty, controls.frequency_penalty
+    return [
+        *_words(_PENALTIES.pack(*penalties)),
+        controls.no_repeat_ngram_size,
+        *_list(controls.allowed_token_ids),
+        *_list(controls.processors),
+        *(len(controls.logit_bias), *bias),
+        *(len(controls.bad_words), *(word for words in controls.bad_words for word in _list(words))),
+    ]
+
+
+def _list(values: Sequence[int]) -> list[int]:
+    """Their number, then they themselves."""
+    return [len(values), *values]
 
 
 def _decode_row_init(reader: _Reader) -> RowInit:
@@ -159,10 +190,23 @@ def _decode_row_init(reader: _Reader) -> RowInit:
 
 
 def _decode_sampling(reader: _Reader) -> RowSampling:
-    seed, temperature, top_p, min_p = _SAMPLING.unpack(_bytes(reader.take(_SAMPLING.size // 4)))
-    top_k, num_logprobs, min_tokens, num_stops = reader.take(4)
-    stops = tuple(reader.take(num_stops))
-    return RowSampling(temperature, top_k, top_p, min_p, seed, num_logprobs, min_tokens, stops)
+    seed, temperature, top_p, min_p, typical_p = reader.unpack(_SAMPLING)
+    top_k, num_logprobs, min_tokens, num_prompt_logprobs = reader.take(4)
+    stops = reader.take_list()
+    controls = _decode_controls(reader) if reader.take(1)[0] else None
+    return RowSampling(
+        temperature, top_k, top_p, min_p, seed, num_logprobs, min_tokens, stops, typical_p,
+        num_prompt_logprobs, controls,
+    )  # fmt: skip
+
+
+def _decode_controls(reader: _Reader) -> LogitControls:
+    repetition, presence, frequency = reader.unpack(_PENALTIES)
+    (ngram_size,) = reader.take(1)
+    allowed, processors = reader.take_list(), reader.take_list()
+    bias = tuple(reader.unpack(_BIAS) for _ in range(*reader.take(1)))
+    bad_words = tuple(reader.take_list() for _ in range(*reader.take(1)))
+    return LogitControls(allowed, bad_words, ngram_size, bias, repetition, presence, frequency, processors)
 
 
 def _decode_block_update(reader: _Reader) -> BlockUpdate:
@@ -176,8 +220,8 @@ def _decode_pair(reader: _Reader) -> tuple[int, int]:
 
 
 def _decode_prefill(reader: _Reader) -> PrefillRow:
-    slot, num_tokens, samples = reader.take(3)
-    return PrefillRow(slot, num_tokens, bool(samples))
+    slot, num_tokens, samples, num_scored = reader.take(4)
+    return PrefillRow(slot, num_tokens, bool(samples), num_scored)
 
 
 def _slot_ranges(slots: Sequence[int]) -> list[tuple[int, int]]:

@@ -16,6 +16,13 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 64
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
+MAX_ALLOWED_TOKEN_IDS = 2**18
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
+MAX_NGRAM = 1024
+MAX_PROCESSORS = 16
 
 # Of a generation_config.json; the others are no defaults in vLLM either.
 GENERATION_FIELDS = {
@@ -23,6 +30,7 @@ GENERATION_FIELDS = {
     "top_k": "top_k",
     "top_p": "top_p",
     "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
 
@@ -46,6 +54,18 @@ def _check_bool(name: str, value: object) -> None:
         raise RequestError(f"{name} is {shorten(value)}; it must be True or False")
 
 
+def _check_above_zero(name: str, value: float, what: str) -> None:
+    if value <= 0:
+        raise RequestError(f"{name} is {value}; it must be above 0 ({what})")
+
+
+def _check_text(name: str, text: object, max_chars: int) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"{name} is {shorten(text)}; it must be a string")
+    if not 1 <= len(text) <= max_chars:
+        raise RequestError(f"{name} has {len(text)} characters; it must have 1 to {max_chars}")
+
+
 def _check_list(name: str, value: object, max_length: int) -> None:
     if not isinstance(value, list | tuple):
         raise RequestError(f"{name} is {shorten(value)}; it must be a list")
@@ -62,6 +82,15 @@ class SamplingParams:
     top_k: int = 0  # 0 or -1: all tokens
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    presence_penalty: float = 0.0  # of tokens in the output
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0  # of tokens in prompt and output
+    logit_bias: Mapping[int, float] | None = None  # token id → added to its logit
+    allowed_token_ids: Sequence[int] | None = None  # nothing else is sampled
+    bad_words: Sequence[str] | None = None  # never sampled, whatever their tokens
+    no_repeat_ngram_size: int = 0  # so many tokens never come twice in the same order, the prompt included
+    logits_processors: Sequence[str] | None = None  # names of the LLM's, in the order of application
     seed: int | None = None  # None: drawn from the engine's seed
     max_tokens: int | None = 16  # None: until max_model_len
     min_tokens: int = 0
@@ -69,6 +98,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     logprobs: int | None = None  # k best at each position, and the sampled token's
+    prompt_logprobs: int | None = None  # the same at each position of the prompt
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
@@ -78,17 +108,51 @@ class SamplingParams:
         _check_float("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         _check_int("top_k", self.top_k, -1, MAX_INT)
         _check_float("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0:
-            raise RequestError("top_p is 0; it must be above 0 and at most 1 (for greedy, set temperature=0)")
+        _check_above_zero("top_p", self.top_p, "for greedy, set temperature=0")
         _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("typical_p", self.typical_p, 0.0, 1.0)
+        _check_above_zero("typical_p", self.typical_p, "1 keeps all")
+        self._check_controls()
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
             _check_bool(name, getattr(self, name))
         self._check_lengths()
         self._check_stops()
+
+    def _check_controls(self) -> None:
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
+        _check_above_zero("repetition_penalty", self.repetition_penalty, "1 is none")
+        _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, MAX_NGRAM)
+        self._check_bias()
+        if self.allowed_token_ids is not None:
+            _check_list("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+            if not self.allowed_token_ids:
+                raise RequestError("allowed_token_ids is empty; it must have an entry, or be None for all")
+        for name, limit in (("bad_words", MAX_BAD_WORDS), ("logits_processors", MAX_PROCESSORS)):
+            texts = getattr(self, name)
+            if texts is not None:
+                _check_list(name, texts, limit)
+                for index, text in enumerate(texts):
+                    _check_text(f"{name}[{index}]", text, MAX_BAD_WORD_CHARS)
+
+    def _check_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias is {shorten(self.logit_bias)}; it must be a dict")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_BIASES} are allowed"
+            )
+        for token_id, value in self.logit_bias.items():
+            _check_int("a token id of logit_bias", token_id, 0, MAX_INT)
+            _check_float(f"logit_bias[{token_id}]", value, -MAX_BIAS, MAX_BIAS)
 
     def _check_lengths(self) -> None:
         _check_int("min_tokens", self.min_tokens, 0, MAX_INT)
@@ -108,16 +172,9 @@ class SamplingParams:
         if self.stop is not None and not isinstance(self.stop, str):
             _check_list("stop", self.stop, MAX_STOPS)
         for index, text in enumerate(self.stop_strings):
-            self._check_stop_string(f"stop[{index}]", text)
+            _check_text(f"stop[{index}]", text, MAX_STOP_CHARS)
         if self.stop_strings and not self.detokenize:
             raise RequestError("stop needs detokenize=True; it is False: set it or use stop_token_ids")
-
-    @staticmethod
-    def _check_stop_string(name: str, text: object) -> None:
-        if not isinstance(text, str):
-            raise RequestError(f"{name} is {shorten(text)}; it must be a string")
-        if not 1 <= len(text) <= MAX_STOP_CHARS:
-            raise RequestError(f"{name} has {len(text)} characters; it must have 1 to {MAX_STOP_CHARS}")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

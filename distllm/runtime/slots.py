@@ -1,7 +1,7 @@
 """SlotTables: the device-side state of every running sequence, one row a slot. Changed by plans, read by
 kernels.
 
-Every rank holds the same rows; only the first stage reads token ids, only the last one sampling parameters.
+Every rank holds the same rows; the first stage and the last read token ids, the last one sampling parameters.
 All tables lie in one piece of memory, so that a plan's changes are one copy and one scatter. Knows no
 request: a slot's owner is the scheduler's business.
 """

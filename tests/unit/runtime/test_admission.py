@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -33,6 +34,10 @@ def admission(**overrides: Any) -> Admission:
         ([[1], [2]], [SamplingParams()], "1 entries for 2 prompts"),
         ([1], SamplingParams(stop_token_ids=[77]), "stop_token_ids holds token id 77"),
         ([1], SamplingParams(stop="x"), "stop strings need a tokenizer"),
+        ([1], SamplingParams(bad_words=["x"]), "bad_words need a tokenizer"),
+        ([1], SamplingParams(logit_bias={50: 1}), "logit_bias holds token id 50"),
+        ([1], SamplingParams(allowed_token_ids=[1, 50]), "allowed_token_ids holds token id 50"),
+        ([1], SamplingParams(logits_processors=["x"]), "holds 'x'; the LLM was given: none"),
     ],
 )
 def test_refused(prompts: Any, params: Any, message: str) -> None:
@@ -78,6 +83,32 @@ def test_sampling_row() -> None:
     second = admission().admit_all([1], SamplingParams(seed=2**63 - 1, n=2))[0].requests[1]
     assert second.sampling.seed == -(2**63), "seeds wrap in 64 bits"
     assert second.fork_from is not None and second.index == 1
+
+
+class Words:
+    """A token for each of these texts."""
+
+    texts = ("bad", " bad", "word", " very", "very", " long")
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        assert not add_special_tokens
+        parts = re.findall("|".join(sorted(map(re.escape, self.texts), key=len, reverse=True)), text)
+        return [self.texts.index(part) for part in parts]
+
+
+def test_bad_words_with_and_without_a_space_before() -> None:
+    controls = only_request(
+        SamplingParams(bad_words=["bad", " word", "very long"]), tokenizer=Words()
+    ).sampling.controls
+    assert controls.bad_words == ((0,), (1,), (2,), (4, 5), (3, 5))
+
+
+def test_controls_that_change_nothing_are_none() -> None:
+    assert only_request(SamplingParams(logit_bias={}, bad_words=[])).sampling.controls is None
+    row = only_request(SamplingParams(temperature=0, typical_p=0.5)).sampling
+    assert row.typical_p == 1.0 and row.is_plain
+    assert not only_request(SamplingParams(typical_p=0.5)).sampling.is_plain
+    assert not only_request(SamplingParams(frequency_penalty=0.1)).sampling.is_plain
 
 
 def test_seeds_are_drawn_in_order_from_the_engine_seed() -> None:

@@ -12,7 +12,6 @@ import pytest
 from distllm import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
 from distllm.comm.local import LocalControl, run_ranks
 from distllm.engine.tokenizers import load_tokenizer
-from distllm.runtime.llm import log_generation_config
 from distllm.runtime.sampling_params import default_sampling_params
 from tests.checkpoints import make_llama
 from tests.tokenizers import byte_level, rank_lines, write_json
@@ -83,13 +82,6 @@ def test_defaults_that_are_no_parameters() -> None:
     assert default_sampling_params({"do_sample": True, "top_k": None}) == SamplingParams()
     with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature is 'hot'"):
         default_sampling_params({"temperature": "hot"})
-
-
-def test_a_penalty_that_is_not_applied_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    log_generation_config({"repetition_penalty": 1.0, "temperature": None})
-    assert not caplog.text
-    log_generation_config({"repetition_penalty": 1.1})
-    assert "repetition_penalty, which is not applied" in caplog.text
 
 
 def test_the_family_ends_answers_that_no_config_mentions(folder: Path, tmp_path: Path) -> None:

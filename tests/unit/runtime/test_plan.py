@@ -8,12 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distllm.errors import DistllmError
+from distllm.runtime.logit_controls import LogitControls
 from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, StepPlan
 from distllm.runtime.plan_codec import End, Error, decode_message, encode, encode_end, encode_error
 
 ids = st.integers(0, 2**31 - 1)
 tuples_of_ids = st.lists(ids, max_size=9).map(tuple)
 floats = st.floats(allow_nan=False)
+controls = st.builds(
+    LogitControls,
+    allowed_token_ids=tuples_of_ids,
+    bad_words=st.lists(tuples_of_ids, max_size=3).map(tuple),
+    no_repeat_ngram_size=ids,
+    logit_bias=st.lists(st.tuples(ids, floats), max_size=3).map(tuple),
+    repetition_penalty=floats,
+    presence_penalty=floats,
+    frequency_penalty=floats,
+    processors=tuples_of_ids,
+)
 samplings = st.builds(
     RowSampling,
     temperature=floats,
@@ -22,14 +34,17 @@ samplings = st.builds(
     min_p=floats,
     seed=st.integers(-(2**63), 2**63 - 1),
     num_logprobs=st.integers(-1, 20),
+    num_prompt_logprobs=st.integers(-1, 20),
     min_tokens=ids,
     stop_token_ids=tuples_of_ids,
+    typical_p=floats,
+    controls=st.none() | controls,
 )
 plans = st.builds(
     StepPlan,
     step=st.integers(0, 2**62),
     decode_slots=st.sets(ids | st.integers(0, 9)).map(sorted),
-    prefills=st.lists(st.builds(PrefillRow, slot=ids, num_tokens=st.integers(1, 3), samples=st.booleans())),
+    prefills=st.lists(st.builds(PrefillRow, ids, st.integers(1, 3), st.booleans(), ids)),
     new_rows=st.lists(st.builds(RowInit, ids, tuples_of_ids, ids, ids, samplings), max_size=4),
     block_updates=st.lists(st.builds(BlockUpdate, ids, ids, tuples_of_ids), max_size=4),
     block_copies=st.lists(st.tuples(ids, ids), max_size=4),

@@ -10,7 +10,11 @@ from distllm.errors import RequestError
 from distllm.runtime.sampling_params import SamplingParams
 
 INF, NAN = float("inf"), float("nan")
-NUMBERS = ("n", "temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens", "logprobs")
+NUMBERS = (
+    "n", "temperature", "top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "no_repeat_ngram_size", "seed", "max_tokens", "min_tokens", "logprobs",
+    "prompt_logprobs",
+)  # fmt: skip
 FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
 
 BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
@@ -19,10 +23,24 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("top_k", [-1, 0, 2**31 - 1], [-2, 2**31, 1.5]),
     ("top_p", [1e-9, 1, 1.0], [0, 0.0, -0.0, -0.1, 1.0001, INF, NAN]),
     ("min_p", [0, 0.0, 1.0], [-0.1, 1.0001, INF, NAN]),
+    ("typical_p", [1e-9, 1, 1.0], [0, -0.1, 1.0001, INF, NAN]),
+    ("presence_penalty", [-2, 0.0, 2], [-2.01, 2.01, INF, NAN]),
+    ("frequency_penalty", [-2, 0.0, 2], [-2.01, 2.01, INF, NAN]),
+    ("repetition_penalty", [1e-3, 1, 100], [0, -1, 100.1, INF, NAN]),
+    ("no_repeat_ngram_size", [0, 1024], [-1, 1025, 2.0]),
+    (
+        "logit_bias",
+        [None, {}, {0: -100, 2**31 - 1: 100.0}, dict.fromkeys(range(1024), 1)],
+        [[], [(1, 2)], {0: 100.1}, {0: NAN}, {0: "1"}, dict.fromkeys(range(10**6), 1)],
+    ),
+    ("allowed_token_ids", [None, [0], (7,) * 2**18], [[], 7, "7", [7] * (2**18 + 1)]),
+    ("bad_words", [None, [], ["x"], ["x" * 256] * 256], ["x", [""], ["x"] * 257, ["x" * 10**7], [5]]),
+    ("logits_processors", [None, [], ["mine"]], ["mine", [""], ["x"] * 17, [print]]),
     ("seed", [None, -(2**63), 0, 2**63 - 1], [-(2**63) - 1, 2**63, 0.5]),
     ("max_tokens", [None, 1, 2**31 - 1], [0, -1, 2**31, 1.5]),
     ("min_tokens", [0, 16], [-1, 17, 2**31, 1.5, None]),
     ("logprobs", [None, 0, 20], [-1, 21, 1.5]),
+    ("prompt_logprobs", [None, 0, 20], [-1, 21, 1.5]),
     (
         "stop",
         [None, "x", [], ["x"] * 64, ("x" * 1024,)],
