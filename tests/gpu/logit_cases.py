@@ -258,7 +258,6 @@ ALLOWED = {torch.bfloat16: 1.5, torch.float32: 3.0}
 
 @dataclass(frozen=True)
 class Case:
-    folder: Path
     exact: list[torch.Tensor]  # by transformers in fp64, from weights that bf16 holds exactly
     theirs: dict[torch.dtype, list[torch.Tensor]]  # by transformers in that dtype, on the device
 
@@ -310,7 +309,7 @@ def make_case(folder: Path, name: str, device: torch.device) -> Case:
         logits_of(source, dtype, device, stored.adapt if stored else None)
         for dtype in (torch.float64, torch.bfloat16, torch.float32)
     )
-    return Case(folder, exact, {torch.bfloat16: theirs[0], torch.float32: theirs[1]})
+    return Case(exact, {torch.bfloat16: theirs[0], torch.float32: theirs[1]})
 
 
 def logits_file(folder: Path, tp: int, pp: int, dtype: torch.dtype) -> Path:
@@ -327,14 +326,14 @@ def read_logits(path: Path) -> list[torch.Tensor]:
     return [parts[str(number)] for number in range(len(parts))]
 
 
-def check(case: Case, ours: list[torch.Tensor], dtype: torch.dtype) -> None:
+def check(case: Case, ours: list[torch.Tensor], dtype: torch.dtype, where: str) -> None:
     """Over all logits together, and the worst of them. The worst is one number of many: it may vary more."""
     found, theirs = error(ours, case.exact), error(case.theirs[dtype], case.exact)
     assert rms(found) <= ALLOWED[dtype] * rms(theirs), (
-        f"{case.folder.name}: rms {rms(found):.2e}, theirs {rms(theirs):.2e}"
+        f"{where}: rms {rms(found):.2e}, theirs {rms(theirs):.2e}"
     )
     worst, allowed = found.abs().max(), 2 * ALLOWED[dtype] * theirs.abs().max()
-    assert worst <= allowed, f"{case.folder.name}: worst {worst:.2e}, allowed {allowed:.2e}"
+    assert worst <= allowed, f"{where}: worst {worst:.2e}, allowed {allowed:.2e}"
 
 
 def error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""On every rank: the logits of each checkpoint in FOLDER, into files beside them. FOLDER TP PP."""
+"""On every rank: the logits of the checkpoint in FOLDER, into files beside it. FOLDER TP PP."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ def main() -> None:
     device = select_device(control)
     layout = RankLayout(tp, pp).at(control.rank)
     channels = open_channels(control, layout, device)
-    for path in sorted(folder.iterdir()):
-        for dtype in ALLOWED:
-            logits = run_rank(channels, path, layout, texts(), SEED, dtype, device)
-            if control.rank == control.size - 1:
-                write_logits(logits_file(path, tp, pp, dtype), logits)
+    for dtype in ALLOWED:
+        logits = run_rank(channels, folder, layout, texts(), SEED, dtype, device)
+        if control.rank == control.size - 1:
+            write_logits(logits_file(folder, tp, pp, dtype), logits)
     channels.close()
     control.close()
 

@@ -5,36 +5,31 @@ We may be off from fp64 by as much as transformers in the same dtype, and a litt
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests import launchers
-from tests.gpu.conftest import needs_gpus
-from tests.gpu.logit_cases import ALLOWED, VARIANTS, Case, check, logits_file, make_case, read_logits
+from tests.gpu.conftest import num_gpus
+from tests.gpu.logit_cases import ALLOWED, VARIANTS, check, logits_file, make_case, read_logits
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    folder = tmp_path_factory.mktemp("llamas")
-    return {name: make_case(folder / name, name, torch.device("cuda")) for name in VARIANTS}
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2)]
 
 
-@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (1, 2), (4, 1), (2, 2)], ids=str)
-def layout(request: pytest.FixtureRequest, cases: dict[str, Case]) -> tuple[int, int]:
-    """One whose ranks have computed the logits of every case."""
-    tp, pp = request.param
-    needs_gpus(tp * pp)
-    folder = next(iter(cases.values())).folder.parent
-    code, output = launchers.launcher("openmpi").run(
-        tp * pp, "tests/gpu/run_logits.py", folder, tp, pp, timeout_s=250
-    )
-    assert code == 0, output
-    return tp, pp
-
-
-@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits(cases: dict[str, Case], layout: tuple[int, int], name: str, dtype: torch.dtype) -> None:
-    check(cases[name], read_logits(logits_file(cases[name].folder, *layout, dtype)), dtype)
+def test_logits(name: str, tmp_path: Path) -> None:
+    """In every layout that there are GPUs for; a folder is made once for all of them."""
+    case = make_case(tmp_path, name, torch.device("cuda"))
+    for tp, pp in LAYOUTS:
+        if tp * pp > num_gpus():
+            continue
+        code, output = launchers.launcher("openmpi").run(
+            tp * pp, "tests/gpu/run_logits.py", tmp_path, tp, pp, timeout_s=250
+        )
+        assert code == 0, output
+        for dtype in ALLOWED:
+            logits = read_logits(logits_file(tmp_path, tp, pp, dtype))
+            check(case, logits, dtype, f"tp {tp} pp {pp} {dtype}")

@@ -26,4 +26,5 @@ def test_every_family_has_a_case_and_so_has_every_head_size() -> None:
 def test_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(logit_cases, "TEXT_LENGTHS", (1, 30))
     case = make_case(tmp_path, name, torch.device("cpu"))
-    check(case, run_layout(tmp_path, RankLayout(), texts(), SEED, torch.bfloat16), torch.bfloat16)
+    logits = run_layout(tmp_path, RankLayout(), texts(), SEED, torch.bfloat16)
+    check(case, logits, torch.bfloat16, "one rank")
