@@ -12,19 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import AsyncCompileMode, JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_THREADS = 16
-
-_ALLOCATIONS = (
-    torch.ops.aten.empty,
-    torch.ops.aten.empty_like,
-    torch.ops.aten.empty_strided,
-    torch.ops.aten.new_empty,
-    torch.ops.aten.new_empty_strided,
-)
 
 
 @contextmanager
@@ -32,16 +23,24 @@ def compile_together() -> Iterator[None]:
     """Inside, launching a kernel only asks for it to be compiled; on leaving, all are compiled and loaded.
     Everything else runs, on zeros where kernels would have written.
     """
-    with _Loader() as loader, AsyncCompileMode(loader), ZeroFilled(), _launch_nothing():
+    with _Loader() as loader, AsyncCompileMode(loader), zero_filled(), _launch_nothing():
         yield
 
 
-class ZeroFilled(TorchDispatchMode):
-    """Inside, no tensor holds what was in its memory before: an index that nobody wrote is 0, and valid."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        return made.zero_() if func.overloadpacket in _ALLOCATIONS else made
+@contextmanager
+def zero_filled() -> Iterator[None]:
+    """Inside, no tensor that Python allocates holds what was in its memory before: an index that nobody wrote
+    is 0, and valid. By names: a dispatch mode would do it, too, and import half a thousand modules first.
+    """
+    names = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+    before = [getattr(owner, name) for owner, name in names]
+    for owner, name in names:
+        setattr(owner, name, getattr(owner, name.replace("empty", "zeros")))
+    try:
+        yield
+    finally:
+        for (owner, name), allocate in zip(names, before, strict=True):
+            setattr(owner, name, allocate)
 
 
 class _Loader(ThreadPoolExecutor):
@@ -65,8 +64,9 @@ def _launch_nothing() -> Iterator[None]:
     launch, asked = JITFunction.run, set()
 
     def ask(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        # Triton takes a millisecond to see that a kernel is already being compiled, and layers are many.
-        case = id(self), *map(_kind, args), *options.items()
+        # Triton takes a millisecond to see that a kernel is already being compiled, and launches are many.
+        kinds = (arg if p.is_constexpr else _kind(arg) for p, arg in zip(self.params, args, strict=False))
+        case = id(self), *kinds, *options.items()
         if case not in asked:
             asked.add(case)
             launch(self, *args, grid=grid, warmup=True, **options)
@@ -79,7 +79,9 @@ def _launch_nothing() -> Iterator[None]:
 
 
 def _kind(arg: Any) -> object:
-    """What a kernel is compiled for, or more."""
+    """What a kernel is compiled for, or more, of an argument that is no constant."""
+    if type(arg) is int:
+        return arg == 1, arg % 16 == 0, arg.bit_length() > 31
     if isinstance(arg, torch.Tensor):
         return arg.dtype, arg.data_ptr() % 16
     if isinstance(arg, TensorDescriptor):
