@@ -18,7 +18,7 @@ from distllm import __version__
 from distllm.comm.agree import agree
 from distllm.comm.base import Control
 from distllm.engine.dtypes import torch_dtype
-from distllm.engine.files import inside
+from distllm.engine.files import find_file
 from distllm.engine.format import ENGINE_JSON, FORMAT_VERSION, rank_file
 from distllm.engine.load import Progress, load_weights, num_bytes
 from distllm.engine.resolve import eos_token_ids
@@ -156,8 +156,8 @@ def _finish(index: dict[str, Any], model: Path, partial: Path, out: Path) -> str
     """Copy what belongs to the model, write engine.json last, and put the folder in its place."""
     with writing(out):
         for name in COPIED:
-            if (model / name).exists():
-                shutil.copyfile(inside(model, name), partial / name)
+            if file := find_file(model, name):
+                shutil.copyfile(file, partial / name)
         (partial / ENGINE_JSON).write_text(json.dumps(index, indent=1), encoding="utf-8")
         commit(partial, out)
     return ""

@@ -14,7 +14,7 @@ import torch
 
 from distllm.engine.dtypes import torch_dtype
 from distllm.engine.extents import DiskTensor, Extent, read_extents
-from distllm.engine.files import inside, read_json, shown
+from distllm.engine.files import find_file, inside, read_json, shown
 from distllm.engine.header import TAGS, Entry, read_header
 from distllm.engine.resolve import read_spec
 from distllm.engine.source import Block
@@ -112,18 +112,18 @@ def _checked(file: Path, name: str, header: dict[str, Entry], shape: tuple[int, 
 
 def _list_tensors(path: Path) -> tuple[str, Mapping[str, str]]:
     """The file of each tensor, as the one file or the index says; and how a sentence on it begins."""
-    if (path / SINGLE).exists():
-        file = path / SINGLE
-        return f"{file} has", dict.fromkeys(read_header(inside(path, SINGLE)), SINGLE)
-    if not (path / INDEX).exists():
+    if single := find_file(path, SINGLE):
+        return f"{single} has", dict.fromkeys(read_header(single), SINGLE)
+    index = find_file(path, INDEX)
+    if not index:
         raise _no_weights(path)
-    weight_map = read_json(inside(path, INDEX)).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{path / INDEX} has no weight_map")
+        raise CheckpointError(f"{index} has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{path / INDEX}: {shown(name)} is in {reprlib.repr(file)}: no file name")
-    return f"{path / INDEX} lists", weight_map
+            raise CheckpointError(f"{index}: {shown(name)} is in {reprlib.repr(file)}: no file name")
+    return f"{index} lists", weight_map
 
 
 def _no_weights(path: Path) -> CheckpointError:

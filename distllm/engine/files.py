@@ -65,6 +65,13 @@ def inside(folder: Path, name: object) -> Path:
     return folder / name
 
 
+def find_file(folder: Path, name: str) -> Path | None:
+    """`inside`, or None where the folder has nothing of that name. A link is something, wherever it leads: it
+    is refused, not taken for a file that is missing.
+    """
+    return inside(folder, name) if os.path.lexists(folder / name) else None
+
+
 def _resolved(path: Path) -> Path:
     try:
         return path.resolve()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distllm.engine.files import inside, read_json
+from distllm.engine.files import find_file, inside, read_json
 from distllm.engine.format import ENGINE_JSON, read_index
 from distllm.errors import CheckpointError
 from distllm.models.checks import check_int
@@ -54,15 +54,15 @@ def eos_token_ids(path: Path) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json's and the config's, ascending."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json", ENGINE_JSON):
-        if (path / name).exists():
-            ids.update(_ids(path / name, read_json(inside(path, name)).get("eos_token_id")))
+        if file := find_file(path, name):
+            ids.update(_ids(file, read_json(file).get("eos_token_id")))
     return tuple(sorted(ids))
 
 
 def read_generation_config(path: Path) -> dict[str, Any]:
     """What generation_config.json says; nothing where there is none."""
-    name = "generation_config.json"
-    return read_json(inside(path, name)) if (path / name).exists() else {}
+    file = find_file(path, "generation_config.json")
+    return read_json(file) if file else {}
 
 
 def _ids(path: Path, value: Any) -> list[int]:

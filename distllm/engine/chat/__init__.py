@@ -6,6 +6,7 @@ The folder's template first (templates); families that never had one have format
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from distllm.engine.chat.base import Chat, ChatFormat, ChatPrompt, Conversation
 from distllm.engine.chat.formats import find_format
 from distllm.engine.chat.templates import MAX_TEMPLATE_BYTES, ChatTemplates
-from distllm.engine.files import inside, read_bytes
+from distllm.engine.files import find_file, read_bytes
 from distllm.engine.tokenizers import Tokenizer
 from distllm.engine.tokenizers.settings import read_settings
 from distllm.errors import CheckpointError, RequestError
@@ -30,8 +31,8 @@ def load_chat_format(folder: Path, tokenizer: Tokenizer) -> ChatFormat | None:
     """
     settings = read_settings(folder)
     templates = dict(settings.chat_templates)
-    if (folder / TEMPLATE_FILE).is_file():
-        templates = {"default": _read_template(inside(folder, TEMPLATE_FILE))}
+    if file := find_file(folder, TEMPLATE_FILE):
+        templates = {"default": _read_template(file)}
     if templates:
         return ChatTemplates(folder, templates, settings.names, tokenizer)
     return find_format(folder, settings, tokenizer)
@@ -51,7 +52,18 @@ def as_conversations(messages: Any) -> list[Conversation]:
         raise RequestError(
             "messages must be a list of {role, content}, or a list of such lists; none may be empty"
         )
+    for message in (message for messages in many for message in messages):
+        _refuse_pictures(message.get("content"))
     return many
+
+
+def _refuse_pictures(content: Any) -> None:
+    """A template would write a mark in their place, and the model would answer as if it saw them."""
+    parts = content if isinstance(content, list) else []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise RequestError(f"a message has a part of type {reprlib.repr(kind)}; only text is read")
 
 
 def _is_conversation(messages: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from distllm.engine.chat.base import Chat, ChatFormat, ChatPrompt, Conversation
 from distllm.engine.resolve import read_generation_config
 from distllm.engine.tokenizers import Tokenizer
-from distllm.engine.tokenizers.families import CHATGLM2, CHATGLM3, find_family
+from distllm.engine.tokenizers.families import CHATGLM2, CHATGLM3, GLM4, find_family
 from distllm.engine.tokenizers.settings import TokenizerSettings
 from distllm.errors import RequestError
 
@@ -29,6 +29,8 @@ def find_format(folder: Path, settings: TokenizerSettings, tokenizer: Tokenizer)
         return ChatGLM2Format(tokenizer)
     if family is CHATGLM3:
         return ChatGLM3Format(tokenizer)
+    if family is GLM4:
+        return GLM4Format(tokenizer)
     config = read_generation_config(folder)
     user, assistant = config.get("user_token_id"), config.get("assistant_token_id")
     if isinstance(user, int) and isinstance(assistant, int):
@@ -56,11 +58,13 @@ class ChatGLM2Format:
 class ChatGLM3Format:
     """For each message the role's id, its metadata's line and its content, encoded apart."""
 
+    _family = "ChatGLM3"
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def render(self, chat: Chat) -> ChatPrompt:
-        _refuse("ChatGLM3", chat.variables)
+        _refuse(self._family, chat.variables)
         ids = self._tokenizer.encode("")
         for number, message in enumerate(chat.messages):
             role, content = _said(message, ("system", "user", "assistant", "observation"))
@@ -79,6 +83,16 @@ class ChatGLM3Format:
 
     def _role(self, role: str) -> int:
         return self._tokenizer.special_tokens[f"<|{role}|>"]
+
+
+class GLM4Format(ChatGLM3Format):
+    """ChatGLM3's, but that tools are listed in words which only the folder's template has."""
+
+    _family = "GLM-4"
+
+    def render(self, chat: Chat) -> ChatPrompt:
+        _refuse(self._family, {}, tools=chat.tools)
+        return super().render(chat)
 
 
 class BaichuanFormat:

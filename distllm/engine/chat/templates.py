@@ -1,32 +1,28 @@
-"""Chat templates in Jinja, in Hugging Face's dialect, inside an immutable sandbox.
+"""Chat templates in Jinja: the folder's texts, each rendered within a budget. What they may do, the sandbox
+says.
 
-A template is a program from the model folder: it sees plain data, reaches no attribute of Python's own, and
-what it may write and multiply is bounded. How long it loops is not: that is the sandbox's range alone.
+A template is a program from the model folder; whatever it does ends as a prompt or as one line.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, Undefined, nodes
+from jinja2 import Template, TemplateError
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from distllm.engine.chat.base import Chat, ChatPrompt
+from distllm.engine.chat.budget import Budget
+from distllm.engine.chat.metering import BUDGET
+from distllm.engine.chat.sandbox import Sandbox
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import CheckpointError, RequestError
 
-MAX_TEMPLATE_BYTES = 2**20
+MAX_TEMPLATE_BYTES = 2**16  # compilers take the square of it
 MAX_OUTPUT_CHARS = 2**23
-MAX_PRODUCT = 2**20  # characters, items or the number itself
+MAX_REASON = 300  # characters of what a template says itself
 
 
 class ChatTemplates:
@@ -36,17 +32,8 @@ class ChatTemplates:
         self, folder: Path, templates: Mapping[str, str], names: Mapping[str, str], tokenizer: Tokenizer
     ) -> None:
         self._names, self._tokenizer = names, tokenizer
-        environment = make_environment()
-        try:
-            for name, text in templates.items():
-                if len(text) > MAX_TEMPLATE_BYTES:
-                    raise CheckpointError(
-                        f"{folder}: chat template {name!r} has {len(text)} characters; "
-                        f"at most {MAX_TEMPLATE_BYTES} are allowed"
-                    )
-            self._templates = {name: environment.from_string(text) for name, text in templates.items()}
-        except (TemplateError, RecursionError) as error:
-            raise CheckpointError(f"{folder}: the chat template cannot be parsed: {error}") from error
+        sandbox = Sandbox()
+        self._templates = {name: _compile(folder, sandbox, name, text) for name, text in templates.items()}
 
     def render(self, chat: Chat) -> ChatPrompt:
         """The template writes bos and the like itself, so nothing is added to its text."""
@@ -56,20 +43,35 @@ class ChatTemplates:
         return ChatPrompt(text, self._tokenizer.encode(text, add_special_tokens=False))
 
     def _write(self, with_tools: bool, variables: dict[str, Any]) -> str:
+        token = BUDGET.set(Budget())
         try:
             return "".join(_bounded(self._choose(with_tools).generate(**variables)))
         except SecurityError as error:
             raise RequestError(
-                f"the chat template reaches for what templates may not have: {error}"
+                f"the chat template reaches for what templates may not have: {_reason(error)}"
             ) from None
         except Exception as error:  # a template can make Python raise anything
-            raise RequestError(f"the chat template refuses these messages: {error}") from None
+            raise RequestError(f"the chat template refuses these messages: {_reason(error)}") from None
+        finally:
+            BUDGET.reset(token)
 
-    def _choose(self, with_tools: bool) -> Any:
+    def _choose(self, with_tools: bool) -> Template:
         name = "tool_use" if with_tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
             raise TemplateError(f"none of {', '.join(sorted(self._templates))} is the default")
         return self._templates[name]
+
+
+def _compile(folder: Path, sandbox: Sandbox, name: str, text: str) -> Template:
+    if len(text) > MAX_TEMPLATE_BYTES:
+        raise CheckpointError(
+            f"{folder}: chat template {name!r} has {len(text)} characters; "
+            f"at most {MAX_TEMPLATE_BYTES} are allowed"
+        )
+    try:
+        return sandbox.template(text)
+    except Exception as error:  # of Jinja's parser, or of Python's compiler: too deep, too large a number
+        raise CheckpointError(f"{folder}: the chat template cannot be parsed: {_reason(error)}") from None
 
 
 def _bounded(parts: Iterator[str]) -> Iterator[str]:
@@ -81,76 +83,7 @@ def _bounded(parts: Iterator[str]) -> Iterator[str]:
         yield part
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses products that would fill the memory in one expression, and says so where Jinja's own sandbox
-    quietly writes nothing for an attribute.
-    """
-
-    intercepted_binops = frozenset(["*", "**", "%"])
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        raise SecurityError(f"attribute {attribute!r} of a {type(obj).__name__}")
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            sizes = [abs(x) if isinstance(x, int | float) else len(x) for x in (left, right)]
-            is_bounded = sizes[0] * sizes[1] <= MAX_PRODUCT
-        else:  # powers, and %-formatting, whose widths are numbers without bound
-            is_bounded = not isinstance(left, str) if operator == "%" else abs(right) <= 64
-        if not is_bounded:
-            raise SecurityError(f"{operator!r} makes more than {MAX_PRODUCT} of something")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Generation(Extension):
-    """{% generation %} marks what to train on; for inference it is what stands in it."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
-
-    def _write(self, caller: Macro) -> str:
-        return str(caller())
-
-
-class _Namespace(Namespace):
-    """Jinja's own lets a template set, and so read, names that begin with an underscore."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"namespace attribute {name!r}")
-        super().__setitem__(name, value)
-
-
-def make_environment() -> ImmutableSandboxedEnvironment:
-    """Hugging Face's dialect: what transformers gives to chat templates, and no more."""
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Namespace
-    )
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own would escape <, > and & for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _reason(error: Exception) -> str:
+    """One line, however a template words it."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}…"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distllm.engine.files import inside, read_bytes
+from distllm.engine.files import find_file, read_bytes
 from distllm.engine.tokenizers.base import Tokenizer
 from distllm.engine.tokenizers.families import find_family
 from distllm.engine.tokenizers.library import LibraryTokenizer
@@ -29,11 +29,10 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     Raises CheckpointError, naming the file, for whatever is wrong with it.
     """
     settings = read_settings(folder)
-    if (folder / TOKENIZER_JSON).is_file():
-        return LibraryTokenizer(inside(folder, TOKENIZER_JSON), settings)
+    if path := find_file(folder, TOKENIZER_JSON):
+        return LibraryTokenizer(path, settings)
     for name in MODEL_FILES:
-        if (folder / name).is_file():
-            path = inside(folder, name)
+        if path := find_file(folder, name):
             data = read_bytes(path, MAX_MODEL_BYTES)
             kind = RankTokenizer if looks_like_ranks(data) else PieceTokenizer
             return kind(path, data, settings, find_family(settings))

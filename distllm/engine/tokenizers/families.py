@@ -46,6 +46,7 @@ GLM4 = TokenizerFamily(
     appended=("<|endoftext|>", *GLM_MARKS, "<sop>", "<eop>", *GLM_ROLES, *GLM_MEDIA),
     prefix=("[gMASK]", "<sop>"),
     pattern=WORDS.replace("DIGITS", "{1,3}"),
+    stops=CHATGLM3.stops,
 )
 QWEN = TokenizerFamily(
     "qwen",

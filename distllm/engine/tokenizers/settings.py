@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distllm.engine.files import inside, read_json
+from distllm.engine.files import find_file, read_json
 from distllm.errors import CheckpointError
 
 CONFIG, NAMES, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -56,7 +56,8 @@ def read_settings(folder: Path) -> TokenizerSettings:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    return read_json(inside(folder, name)) if (folder / name).is_file() else {}
+    file = find_file(folder, name)
+    return read_json(file) if file else {}
 
 
 def _names(folder: Path, data: dict[str, Any]) -> dict[str, str]:

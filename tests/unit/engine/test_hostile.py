@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tokenizers import byte_level, write_json
 from tests.unit.engine.test_checkpoint import BAD, WEIGHTS, edit_json
 
 ROOT = Path(__file__).parents[3]
@@ -79,6 +81,129 @@ def test_nothing_is_run_and_nothing_outside_is_opened(
         assert not offences, f"{kind}: {offences}"
         assert not (folder.parent / CANARY).exists(), kind
         assert bool(error) == (kind != "with code") and error.isprintable(), f"{kind}: {error!r}"
+
+
+TEMPLATE = "chat_template.jinja"
+
+
+def write(name: str, content: bytes | str) -> Callable[[Path], object]:
+    """The file, and no better one of its kind beside it."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        if name == "tokenizer.model":
+            (folder / "tokenizer.json").unlink()
+
+    return damage
+
+
+def replace_by(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return damage
+
+
+def link_to(name: str, target: str) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        (folder.parent / "elsewhere").write_text("{}")
+        replace_by(name, lambda path: path.symlink_to(target))(folder)
+
+    return damage
+
+
+def huge(name: str) -> Callable[[Path], object]:
+    """Mostly a hole: takes no room on the disk."""
+
+    def make(path: Path) -> None:
+        with path.open("wb") as file:
+            file.truncate(2**40)
+
+    return replace_by(name, make)
+
+
+def with_tokenizer_code(folder: Path) -> None:
+    """And with names of files that lead out."""
+    with_code(folder)
+    secret = folder.parent / "elsewhere"
+    secret.write_text("{}")
+    classes = {"AutoTokenizer": ["tokenization_evil.T", None]}
+    names = {key: str(secret) for key in ("vocab_file", "tokenizer_file", "name_or_path", "merges_file")}
+    edit_json(folder / "tokenizer_config.json", lambda config: config.update(auto_map=classes, **names))
+
+
+def pickled_model(folder: Path) -> None:
+    write("tokenizer.model", pickle.dumps(Trap(folder.parent / CANARY)))(folder)
+
+
+CHATS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "with code": (with_tokenizer_code, "^$"),
+    "tokenizer.json cut": (write("tokenizer.json", '{"version": "1.0", "model": {'), "cannot read"),
+    "tokenizer.json deep": (write("tokenizer.json", "[" * 10**5), "cannot read"),
+    "tokenizer.json huge": (huge("tokenizer.json"), "tokenizer.json is larger than"),
+    "tokenizer.model huge": (
+        lambda folder: (write("tokenizer.model", b"")(folder), huge("tokenizer.model")(folder)),
+        "tokenizer.model is larger than",
+    ),
+    "tokenizer.model pickled": (pickled_model, "no SentencePiece model"),
+    "tokenizer.model damaged": (write("tokenizer.model", b"\x0a\x0e\x0a\x05<unk>"), "no SentencePiece model"),
+    **{
+        f"{name} is {what}": (damage(name), message)
+        for name in ("tokenizer.json", "tokenizer_config.json", TEMPLATE, "added_tokens.json")
+        for what, damage, message in (
+            ("a link out", lambda name: link_to(name, "../elsewhere"), "lies outside the folder"),
+            (
+                "a link to nothing outside",
+                lambda name: link_to(name, "../nothing"),
+                "lies outside the folder",
+            ),
+            ("a device", lambda name: link_to(name, "/dev/zero"), "lies outside the folder"),
+            ("a link to itself", lambda name: link_to(name, name), "cannot read|Symlink loop"),
+            ("a pipe", lambda name: replace_by(name, os.mkfifo), "is not a regular file"),
+            ("a folder", lambda name: replace_by(name, os.mkdir), "is not a regular file"),
+        )
+    },
+    "template huge": (huge(TEMPLATE), "jinja is larger than"),
+    "template binary": (write(TEMPLATE, b"\xff\xfe"), "no UTF-8 text"),
+    **{
+        f"template {template[:60]}": (write(TEMPLATE, template), message)
+        for template, message in (
+            ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "reaches for"),
+            ("{{ cycler.__init__.__globals__.os.system('id') }}", "reaches for"),
+            ("{{ messages.__init__.__globals__ }}", "reaches for"),
+            ("{% include '/etc/passwd' %}", "no loader"),
+            ("{% import '../elsewhere' as x %}", "no loader"),
+            ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+            ("{% set x = 'ab' %}" + "{% set x = x ~ x %}" * 60, "steps"),
+            ("{{ range(99999) | join('a' * 99999) }}", "steps"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        )
+    },
+}
+
+
+@pytest.fixture
+def chatty(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chatty") / "model"
+    shutil.copytree(llama, folder)
+    byte_level(folder)
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|end|>"})
+    write(TEMPLATE, "{% for m in messages %}{{ m.content ~ 'x' }}{% endfor %}")(folder)
+    return folder
+
+
+def test_tokenizers_and_chats_run_nothing_and_open_nothing_outside(chatty: Path, tmp_path: Path) -> None:
+    folders = {kind: tmp_path / str(number) / "model" for number, kind in enumerate(CHATS)}
+    for kind, folder in folders.items():
+        shutil.copytree(chatty, folder)
+        CHATS[kind][0](folder)
+    results = watched("converse", chatty, list(folders.values()))
+    for kind, folder in folders.items():
+        error, offences = results[str(folder)]
+        assert not offences, f"{kind}: {offences}"
+        assert not (folder.parent / CANARY).exists(), kind
+        assert re.search(CHATS[kind][1], error) and error.isprintable(), f"{kind}: {error!r}"
 
 
 def test_a_careless_loader_would_be_seen(

@@ -1,7 +1,7 @@
 """Loads model folders under an audit hook and prints, for each, the error and what the interpreter did
-meanwhile that loading weights has no need of. Run by test_hostile.py, in a process of its own.
+meanwhile that loading, or a chat, has no need of. Run by test_hostile.py, in a process of its own.
 
-    python -m tests.unit.engine.watched load|careless WARM-UP FOLDER…
+    python -m tests.unit.engine.watched load|converse|careless WARM-UP FOLDER…
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jinja2.debug  # noqa: F401 - imported when a template fails
+import sentencepiece  # noqa: F401 - imported when there is a tokenizer.model
 import torch
 
 from distllm.engine import eos_token_ids, load_weights, open_source, resolve_model
-from distllm.errors import CheckpointError
+from distllm.engine.chat import Chat, load_chat_format
+from distllm.engine.tokenizers import load_tokenizer
+from distllm.errors import UserError
 from distllm.models.shards import shard_table
 from distllm.parallel.layout import RankLayout
 
@@ -38,6 +42,8 @@ class Watch:
     def __call__(self, event: str, args: tuple[object, ...]) -> None:
         if self.home is None or event in HARMLESS or (event in LOOKS and self._is_inside(args)):
             return
+        if is_template(event, args):
+            return
         home, self.home = self.home, None  # what follows is ours
         self.offences.append(f"{event} {args}")
         self.home = home
@@ -53,16 +59,37 @@ class Watch:
         self.home, error = os.path.realpath(home), ""
         try:
             load(home)
-        except CheckpointError as caught:
+        except UserError as caught:
             error = str(caught)
         self.home = None
         return error, self.offences
+
+
+def is_template(event: str, args: tuple[object, ...]) -> bool:
+    """Jinja compiles a template to Python, and its traceback to one of the template's lines. What the
+    template then does is watched as all else is.
+    """
+    if event == "object.__getattr__":
+        return args[1] in ("tb_frame", "f_code")
+    if event in ("compile", "code.__new__"):
+        return args[1] == "<template>"
+    return event == "exec" and getattr(args[0], "co_filename", "") == "<template>"
 
 
 def load(folder: Path) -> None:
     source = open_source(resolve_model(folder))
     eos_token_ids(folder)
     load_weights(source, shard_table(source.spec, RankLayout()), torch.float32, torch.device("cpu"))
+
+
+def converse(folder: Path) -> None:
+    """What is loaded for chats, and one of them."""
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    tokenizer.decode(tokenizer.encode("abc <|end|>"))
+    chat = load_chat_format(folder, tokenizer)
+    assert chat is not None
+    chat.render(Chat([{"role": "user", "content": "abc"}]))
 
 
 def careless(folder: Path) -> None:
@@ -79,8 +106,8 @@ def careless(folder: Path) -> None:
 
 def main() -> None:
     how, warm_up, *folders = sys.argv[1:]
-    watch, act = Watch(), {"load": load, "careless": careless}[how]
-    load(Path(warm_up))  # what is imported on first use is imported now
+    watch, act = Watch(), {"load": load, "converse": converse, "careless": careless}[how]
+    (converse if how == "converse" else load)(Path(warm_up))  # what is imported on first use is imported now
     print(json.dumps({folder: watch.during(Path(folder), act) for folder in folders}))
 
 
