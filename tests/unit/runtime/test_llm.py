@@ -52,6 +52,7 @@ def oracle_of_three(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 def generate(folder: Path, layout: tuple[int, int], prompts: Any, params: Any, **options: Any) -> list[Any]:
     """Rank 0's outputs; the other ranks must return an empty list."""
     tp, pp = layout
+    options = {"max_num_seqs": 32} | options  # for a small KV cache: clearing it takes time
 
     def run(control: LocalControl) -> list[Any]:
         with LLM(
@@ -222,7 +223,8 @@ def test_stop_strings_across_token_borders(layout: tuple[int, int]) -> None:
     prompt, base = "Once upon a time", {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
 
     def run(control: LocalControl) -> Any:
-        with LLM("demo", tensor_parallel_size=tp, pipeline_parallel_size=pp, comm=control) as llm:
+        grid = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+        with LLM("demo", max_num_seqs=32, comm=control, **grid) as llm:
             plain = llm.generate(prompt, SamplingParams(**base))
             text = control.all_gather_bytes(plain[0].outputs[0].text.encode() if plain else b"")[0].decode()
             stops = [text[at : at + 6] for at in range(5, len(text) - 6, 11)]
