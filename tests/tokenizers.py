@@ -7,6 +7,7 @@ import io
 import json
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def corpus() -> list[str]:
 
 
 def byte_level(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(_byte_level())
+
+
+@cache
+def _byte_level() -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     library = Tokenizer(models.BPE())
@@ -39,7 +45,7 @@ def byte_level(folder: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, special_tokens=["<|end|>"])
     library.train_from_iterator(corpus(), trainer)
-    library.save(str(folder / "tokenizer.json"))
+    return library.to_str()
 
 
 def byte_fallback(folder: Path) -> None:
@@ -74,6 +80,11 @@ def unigram(folder: Path) -> None:
 
 
 def train_pieces(path: Path, model_type: str = "bpe", dummy_prefix: bool = True, **options: Any) -> None:
+    path.write_bytes(_pieces(model_type, dummy_prefix, **options))
+
+
+@cache
+def _pieces(model_type: str, dummy_prefix: bool, **options: Any) -> bytes:
     import sentencepiece
 
     options = {
@@ -93,7 +104,7 @@ def train_pieces(path: Path, model_type: str = "bpe", dummy_prefix: bool = True,
         minloglevel=2,
         **options,
     )
-    path.write_bytes(model.getvalue())
+    return model.getvalue()
 
 
 def sp_bpe(folder: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -48,39 +49,6 @@ def with_code(folder: Path) -> None:
 def with_code_and_no_weights(folder: Path) -> None:
     with_code(folder)
     (folder / WEIGHTS).unlink()
-
-
-def watched(how: str, warm_up: Path, folders: list[Path]) -> dict[str, tuple[str, list[str]]]:
-    command = [sys.executable, "-m", "tests.unit.engine.watched", how, str(warm_up), *map(str, folders)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def make_folder(llama: Path, tmp_path: Path) -> Callable[[Callable[[Path], object]], Path]:
-    def make(damage: Callable[[Path], object]) -> Path:
-        folder = tmp_path / str(len(list(tmp_path.iterdir()))) / "model"
-        shutil.copytree(llama, folder)
-        damage(folder)
-        return folder
-
-    return make
-
-
-def test_nothing_is_run_and_nothing_outside_is_opened(
-    llama: Path, make_folder: Callable[[Callable[[Path], object]], Path]
-) -> None:
-    cases = {kind: damage for kind, (damage, _) in BAD.items()} | {
-        "with code": with_code,
-        "with code and no weights": with_code_and_no_weights,
-    }
-    folders = {kind: make_folder(damage) for kind, damage in cases.items()}
-    results = watched("load", llama, list(folders.values()))
-    for kind, folder in folders.items():
-        error, offences = results[str(folder)]
-        assert not offences, f"{kind}: {offences}"
-        assert not (folder.parent / CANARY).exists(), kind
-        assert bool(error) == (kind != "with code") and error.isprintable(), f"{kind}: {error!r}"
 
 
 TEMPLATE = "chat_template.jinja"
@@ -183,37 +151,72 @@ CHATS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.fixture
-def chatty(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chatty") / "model"
-    shutil.copytree(llama, folder)
-    byte_level(folder)
-    write_json(folder / "tokenizer_config.json", {"eos_token": "<|end|>"})
-    write(TEMPLATE, "{% for m in messages %}{{ m.content ~ 'x' }}{% endfor %}")(folder)
-    return folder
+def with_a_trap(folder: Path) -> None:
+    """For the careless loader."""
+    (folder / "evil.py").write_text("import this_module_is_nowhere")
+    (folder / "evil.bin").write_bytes(pickle.dumps(Trap(folder.parent / CANARY)))
+    (folder.parent / "secret.safetensors").write_text("secret")
 
 
-def test_tokenizers_and_chats_run_nothing_and_open_nothing_outside(chatty: Path, tmp_path: Path) -> None:
-    folders = {kind: tmp_path / str(number) / "model" for number, kind in enumerate(CHATS)}
-    for kind, folder in folders.items():
-        shutil.copytree(chatty, folder)
-        CHATS[kind][0](folder)
-    results = watched("converse", chatty, list(folders.values()))
-    for kind, folder in folders.items():
-        error, offences = results[str(folder)]
-        assert not offences, f"{kind}: {offences}"
-        assert not (folder.parent / CANARY).exists(), kind
-        assert re.search(CHATS[kind][1], error) and error.isprintable(), f"{kind}: {error!r}"
+LOADS: dict[str, Callable[[Path], object]] = {kind: damage for kind, (damage, _) in BAD.items()} | {
+    "with code": with_code,
+    "with code and no weights": with_code_and_no_weights,
+}
+JOBS = {
+    **{("load", kind): damage for kind, damage in LOADS.items()},
+    **{("converse", kind): damage for kind, (damage, _) in CHATS.items()},
+    ("careless", "trap"): with_a_trap,
+}
 
 
-def test_a_careless_loader_would_be_seen(
-    llama: Path, make_folder: Callable[[Callable[[Path], object]], Path]
-) -> None:
-    folder = make_folder(lambda folder: (folder / "evil.py").write_text("import this_module_is_nowhere"))
-    canary, secret = folder.parent / CANARY, folder.parent / "secret.safetensors"
-    (folder / "evil.bin").write_bytes(pickle.dumps(Trap(canary)))
-    secret.write_text("secret")
-    ((_, offences),) = watched("careless", llama, [folder]).values()
-    assert canary.exists()
+class Outcome(NamedTuple):
+    folder: Path
+    error: str
+    offences: list[str]
+
+    @property
+    def ran(self) -> bool:
+        return (self.folder.parent / CANARY).exists()
+
+
+@pytest.fixture(scope="module")
+def outcomes(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Outcome]:
+    """Of every job, all in one process."""
+    root = tmp_path_factory.mktemp("hostile")
+    sound = root / "sound"
+    shutil.copytree(llama, sound)
+    byte_level(sound)
+    write_json(sound / "tokenizer_config.json", {"eos_token": "<|end|>"})
+    write(TEMPLATE, "{% for m in messages %}{{ m.content ~ 'x' }}{% endfor %}")(sound)
+    folders = {job: root / str(number) / "model" for number, job in enumerate(JOBS)}
+    for job, folder in folders.items():
+        shutil.copytree(sound, folder)
+        JOBS[job](folder)
+    arguments = [f"{act}={folder}" for (act, _), folder in folders.items()]
+    command = [sys.executable, "-m", "tests.unit.engine.watched", str(sound), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
+    results = json.loads(done.stdout)
+    return {job: Outcome(folder, *results[str(folder)]) for job, folder in folders.items()}
+
+
+@pytest.mark.parametrize("kind", LOADS)
+def test_weights(outcomes: dict[tuple[str, str], Outcome], kind: str) -> None:
+    """Nothing is run, and nothing outside is opened."""
+    outcome = outcomes["load", kind]
+    assert not outcome.offences and not outcome.ran
+    assert bool(outcome.error) == (kind != "with code") and outcome.error.isprintable()
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_tokenizers_and_chats(outcomes: dict[tuple[str, str], Outcome], kind: str) -> None:
+    outcome = outcomes["converse", kind]
+    assert not outcome.offences and not outcome.ran
+    assert re.search(CHATS[kind][1], outcome.error) and outcome.error.isprintable()
+
+
+def test_a_careless_loader_would_be_seen(outcomes: dict[tuple[str, str], Outcome]) -> None:
+    outcome = outcomes["careless", "trap"]
+    assert outcome.ran
+    secret = outcome.folder.parent / "secret.safetensors"
     for event in ("pickle.find_class", "os.mkdir", "compile", "exec", "import", f"open ('{secret}"):
-        assert any(offence.startswith(event) for offence in offences), event
+        assert any(offence.startswith(event) for offence in outcome.offences), event

@@ -1,7 +1,7 @@
 """Loads model folders under an audit hook and prints, for each, the error and what the interpreter did
 meanwhile that loading, or a chat, has no need of. Run by test_hostile.py, in a process of its own.
 
-    python -m tests.unit.engine.watched load|converse|careless WARM-UP FOLDER…
+    python -m tests.unit.engine.watched WARM-UP load=FOLDER converse=FOLDER careless=FOLDER …
 """
 
 from __future__ import annotations
@@ -105,10 +105,12 @@ def careless(folder: Path) -> None:
 
 
 def main() -> None:
-    how, warm_up, *folders = sys.argv[1:]
-    watch, act = Watch(), {"load": load, "converse": converse, "careless": careless}[how]
-    (converse if how == "converse" else load)(Path(warm_up))  # what is imported on first use is imported now
-    print(json.dumps({folder: watch.during(Path(folder), act) for folder in folders}))
+    warm_up, *jobs = sys.argv[1:]
+    watch, acts = Watch(), {"load": load, "converse": converse, "careless": careless}
+    load(Path(warm_up))  # what is imported on first use is imported now
+    converse(Path(warm_up))
+    pairs = [job.split("=", 1) for job in jobs]
+    print(json.dumps({folder: watch.during(Path(folder), acts[act]) for act, folder in pairs}))
 
 
 if __name__ == "__main__":
