@@ -29,7 +29,7 @@ from distllm.ops.bench.latency import fixed_length, random_prompts
 from distllm.ops.bench.report import Report
 from distllm.ops.bench.timing import Summary, summarize
 
-INPUT_LEN, RAMP, NUM_STEPS = 128, 32, 64
+INPUT_LEN, RAMP = 128, 32  # tokens of a prompt; of the shorter call, in which prompts are computed
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "temperature": {},
@@ -50,20 +50,23 @@ class Result:
     of_greedy: float  # medians
 
 
-def step_s(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> float:
+def step_s(llm: LLM, prompts: list[list[int]], params: SamplingParams, num_steps: int) -> float:
     def generate_s(num_tokens: int) -> float:
         start = time.perf_counter()
         llm.generate(prompts, replace(params, max_tokens=num_tokens))
         return time.perf_counter() - start
 
-    return (generate_s(RAMP + NUM_STEPS) - generate_s(RAMP)) / NUM_STEPS
+    return (generate_s(RAMP + num_steps) - generate_s(RAMP)) / num_steps
 
 
-def measure(llm: LLM, batch_size: int, num_iters: int) -> list[Result]:
+def measure(llm: LLM, batch_size: int, num_steps: int, num_iters: int) -> list[Result]:
     """Collective: every rank of the engine."""
     prompts = random_prompts(batch_size, INPUT_LEN, llm.spec.vocab_size)
     params = {way: replace(fixed_length(1), **{"temperature": 1.0, **fields}) for way, fields in WAYS.items()}
-    turns = [{way: step_s(llm, prompts, each) for way, each in params.items()} for _ in range(1 + num_iters)]
+    turns = [
+        {way: step_s(llm, prompts, each, num_steps) for way, each in params.items()}
+        for _ in range(1 + num_iters)
+    ]
     steps = {way: summarize([turn[way] for turn in turns[1:]]) for way in WAYS}  # the first warms up
     return [Result(way, step, step.median / steps["greedy"].median) for way, step in steps.items()]
 
@@ -78,9 +81,12 @@ def row(result: Result) -> Sequence[str]:
 @tensor_parallel
 @count_option("--batch-size", 256, "Sequences that decode together.")
 @count_option("--max-model-len", 4096, "What the tables of tokens have room for.")
+@count_option("--num-steps", 64, "Decode steps that are timed.")
 @count_option("--num-iters", 3, "Turns that count.")
 @output_option
-def main(model: str, batch_size: int, num_iters: int, output: Path | None, **options: Any) -> None:
+def main(
+    model: str, batch_size: int, num_steps: int, num_iters: int, output: Path | None, **options: Any
+) -> None:
     """Measure every way and print a table."""
     options |= {"load_format": "dummy", "max_num_seqs": batch_size, "enable_prefix_caching": False}
     try:
@@ -88,7 +94,7 @@ def main(model: str, batch_size: int, num_iters: int, output: Path | None, **opt
     except UserError as error:
         raise click.ClickException(str(error)) from None
     with llm:
-        results = measure(llm, batch_size, num_iters)
+        results = measure(llm, batch_size, num_steps, num_iters)
         if llm.is_root:
             rows = [
                 [r.way, ms(r.step_s.median), ms(r.step_s.lowest), f"{r.of_greedy:.3f} ×"] for r in results

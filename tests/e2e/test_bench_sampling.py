@@ -26,7 +26,9 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
 
 def test_every_way(tmp_path: Path) -> None:
     file = tmp_path / "sampling.json"
-    done = run("demo", "--batch-size", 2, "--max-model-len", 256, "--num-iters", 1, "-o", file)
+    done = run(
+        "demo", "--batch-size", 2, "--max-model-len", 256, "--num-steps", 4, "--num-iters", 1, "-o", file
+    )
     assert done.returncode == 0, done.stderr
     ways = json.loads(file.read_text())["results"]["ways"]
     assert [each["way"] for each in ways] == list(bench_sampling.WAYS)
