@@ -134,13 +134,18 @@ GREEDY: dict[str, list[tuple[int, int]]] = {
 }
 
 
+def greedy_case(model: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and their continuations."""
+    rng = random.Random(3)
+    prompts = [[rng.randrange(3, 67) for _ in range(length)] for length in PROMPT_LENGTHS]
+    return prompts, [greedy_reference(model, prompt, NUM_TOKENS) for prompt in prompts]
+
+
 @pytest.mark.parametrize("name", GREEDY)
 def test_greedy_tokens(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, name: str) -> None:
     """Two KV heads on four ranks among the layouts; and from an engine read under another one."""
     folder, model = checkpoints[name]
-    rng = random.Random(3)
-    prompts = [[rng.randrange(3, 67) for _ in range(length)] for length in PROMPT_LENGTHS]
-    expected = [greedy_reference(model, prompt, NUM_TOKENS) for prompt in prompts]
+    prompts, expected = greedy_case(model)
     for layout in GREEDY[name]:
         assert greedy(folder, layout, prompts) == expected, layout
 
@@ -149,6 +154,15 @@ def test_greedy_tokens(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path,
 
     run_ranks(2, build)
     assert greedy(tmp_path / "engine", (1, 1), prompts) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, layouts in GREEDY.items() if layouts != LAYOUTS])
+def test_greedy_tokens_in_every_layout(checkpoints: dict[str, tuple[Path, Any]], name: str) -> None:
+    folder, model = checkpoints[name]
+    prompts, expected = greedy_case(model)
+    for layout in LAYOUTS:
+        assert greedy(folder, layout, prompts) == expected, layout
 
 
 ROPES: dict[str, dict[str, Any]] = {
