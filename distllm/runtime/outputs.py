@@ -1,4 +1,4 @@
-"""What generate() and stream() return. Field names as in vLLM."""
+"""What generate(), stream() and beam_search() return. Field names as in vLLM."""
 
 from __future__ import annotations
 
@@ -43,3 +43,21 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     num_cached_tokens: int = 0  # prompt tokens that were not computed again
+
+
+@dataclass
+class BeamSearchSequence:
+    """One of the sequences that a beam search has found."""
+
+    tokens: list[int]  # the prompt, then what was generated, the end-of-sequence token included
+    cum_logprob: float  # of what was generated
+    text: str  # of all tokens but special ones
+    score: float  # cum_logprob / generated tokens ** length_penalty
+    finish_reason: str  # "stop" or "length"
+
+
+@dataclass
+class BeamSearchOutput:
+    """What beam_search() returns for one prompt."""
+
+    sequences: list[BeamSearchSequence]  # the best first
