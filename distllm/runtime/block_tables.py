@@ -84,15 +84,12 @@ class BlockTables:
 
         A parent is its own parent; the other rows hold no blocks. There must be room for num_to_branch.
         """
-        stayed = [rows[number] for number in sorted(set(parents))]
-        moved = [row for number, row in enumerate(rows) if parents[number] != number]
-        for parent in stayed:
-            self.register(parent)
+        for number in set(parents):
+            self.register(rows[number])
         for row, number in zip(rows, parents, strict=True):
             if row is not rows[number]:
                 self._share(row, rows[number])
-        # Those that stay come last: by then their blocks are theirs alone again, and are not copied.
-        copies = [self._open_next(row) for row in (*moved, *stayed)]
+        copies = [self._open_next(row) for row in rows]
         return [copy for copy in copies if copy is not None]
 
     def _share(self, request: Request, parent: Request) -> None:

@@ -92,15 +92,15 @@ class Scheduler:
         decode. Returns these rows: in this step nobody may preempt them."""
         branched: set[Request] = set()
         for group in sorted(self._branching, key=lambda group: group.requests[0].order):
-            if group in self._branching and self._try_branch(plan, group, branched):
+            if group in self._branching and self._try_branch(plan, group):
                 branched.update(group.requests)
         return branched
 
-    def _try_branch(self, plan: StepPlan, group: BeamGroup, branched: set[Request]) -> bool:
+    def _try_branch(self, plan: StepPlan, group: BeamGroup) -> bool:
         rows, parents = group.requests, group.parents
         for number in set(range(len(rows))).difference(parents):
             self._tables.release(rows[number])
-        if not self._try_make_room(rows[-1], self._tables.num_to_branch(rows, parents), branched):
+        if not self._try_make_room(rows[-1], self._tables.num_to_branch(rows, parents), set()):
             return False
         self._branching.remove(group)
         tables = [row.block_ids.copy() for row in rows]

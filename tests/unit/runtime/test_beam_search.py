@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,11 @@ from distllm.comm.local import LocalControl, run_ranks
 from distllm.engine import eos_token_ids, resolve_model
 from distllm.engine.tokenizers import load_tokenizer
 from distllm.runtime.scheduler import Scheduler
+from tests.beam_cases import Case, Found, cases, reference
 from tests.checkpoints import make_llama
 
 EOS = [2, 40, 41]  # many ends: hypotheses finish early and late
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
-Case = tuple[list[int], BeamSearchParams]
-Found = list[tuple[list[int], float]]  # tokens and score, the best first
 
 
 @pytest.fixture(scope="module")
@@ -37,48 +35,6 @@ class Oracle:
     folder: Path
     batch: list[Case]
     expected: list[Found]
-
-
-def cases(count: int, seed: int, vocab_size: int = 67) -> list[Case]:
-    """Prompts of many lengths, some with a common beginning; every mode comes with every kind of penalty."""
-    rng = random.Random(seed)
-    shared = rng.choices(range(3, vocab_size), k=12)
-    found = []
-    for number in range(count):
-        prompt = shared[: 6 * (number % 3)] + rng.choices(range(3, vocab_size), k=rng.randrange(1, 20))
-        params = BeamSearchParams(
-            beam_width=1 + number % 8,
-            max_tokens=rng.randrange(1, 16),
-            length_penalty=[1.0, -1.5, 0.0, 2.0, 0.7][number % 5],
-            early_stopping=([False, True, "never"][number % 3]),  # type: ignore[arg-type]
-            ignore_eos=number % 7 == 6,
-        )
-        found.append((prompt, params))
-    return found
-
-
-def reference(model: Any, case: Case) -> Found:
-    prompt, params = case
-    eos = None if params.ignore_eos else model.generation_config.eos_token_id
-    out = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        num_beams=params.beam_width,
-        num_return_sequences=params.n or params.beam_width,
-        do_sample=False,
-        max_new_tokens=params.max_tokens,
-        length_penalty=params.length_penalty,
-        early_stopping=params.early_stopping,
-        eos_token_id=eos,
-        pad_token_id=0,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    if params.beam_width == 1:  # transformers searches greedily, and gives no score
-        return [(out.sequences[0].tolist(), 0.0)]
-    ends = (len(prompt) + (out.beam_indices >= 0).sum(1)).tolist()  # beyond is padding
-    sequences = [tokens[:end] for tokens, end in zip(out.sequences.tolist(), ends, strict=True)]
-    return list(zip(sequences, out.sequences_scores.tolist(), strict=True))
 
 
 def search(
@@ -120,7 +76,7 @@ def check(
 @pytest.fixture(scope="module")
 def oracle(model: tuple[Path, Any]) -> Oracle:
     folder, reference_model = model
-    batch = cases(56, seed=1)
+    batch = cases(56, seed=1, vocab_size=67)
     return Oracle(folder, batch, [reference(reference_model, case) for case in batch])
 
 

