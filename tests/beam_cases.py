@@ -22,8 +22,8 @@ def cases(count: int, seed: int, vocab_size: int) -> list[Case]:
         prompt = shared[: 6 * (number % 3)] + rng.choices(range(3, vocab_size), k=rng.randrange(1, 20))
         params = BeamSearchParams(
             beam_width=1 + number % 8,
-            max_tokens=rng.randrange(1, 16),
-            length_penalty=[1.0, -1.5, 0.0, 2.0, 0.7][number % 5],
+            max_tokens=rng.randrange(1, 24),
+            length_penalty=[1.0, -0.3, 0.0, 2.0, -1.5][number % 5],
             early_stopping=([False, True, "never"][number % 3]),  # type: ignore[arg-type]
             ignore_eos=number % 7 == 6,
         )

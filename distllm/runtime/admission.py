@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
 from distllm.runtime.beam_generation import BeamGeneration
+from distllm.runtime.beam_search import count_candidates
 from distllm.runtime.beam_search_params import BeamSearchParams
 from distllm.runtime.generation import Generation
 from distllm.runtime.logit_controls import NO_CONTROLS, LogitControls
@@ -123,10 +124,11 @@ class Admission:
     def _admit_beam(self, prompt: Prompt, params: BeamSearchParams) -> BeamGeneration:
         _, token_ids = self._tokenize(prompt)
         self._check_length(token_ids)
-        if 2 * params.beam_width > self._vocab_size:
+        num_candidates = count_candidates(params, self._eos)
+        if num_candidates > self._vocab_size:
             raise RequestError(
-                f"beam_width is {params.beam_width}; it must be at most {self._vocab_size // 2}, "
-                "half of the vocabulary"
+                f"beam_width is {params.beam_width}: {num_candidates} continuations of each are looked at, "
+                f"the vocabulary has {self._vocab_size}; lower beam_width"
             )
         request_id, self._count = str(self._count), self._count + 1
         max_tokens = min(params.max_tokens, self._max_model_len - len(token_ids))

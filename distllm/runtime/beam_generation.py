@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from distllm.engine.tokenizers import Tokenizer
 from distllm.runtime.beam_group import BeamGroup
-from distllm.runtime.beam_search import BeamSearch, Hypothesis
+from distllm.runtime.beam_search import BeamSearch, Hypothesis, count_candidates
 from distllm.runtime.beam_search_params import BeamSearchParams
 from distllm.runtime.outputs import BeamSearchOutput, BeamSearchSequence
 from distllm.runtime.plan import RowSampling
@@ -31,7 +31,7 @@ class BeamGeneration:
         self._params = params
         self._tokenizer = tokenizer
         self._search = BeamSearch(params, max_tokens, eos_token_ids)
-        sampling = RowSampling(num_logprobs=self._search.num_candidates)
+        sampling = RowSampling(num_logprobs=count_candidates(params, eos_token_ids))
         self.requests = [
             Request(f"{request_id}.{row}", tuple(prompt_token_ids), max_tokens, sampling, index=row)
             for row in range(params.beam_width)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from distllm.runtime.beam_search import Child
 from distllm.runtime.plan import TokenLogprobs
-from distllm.runtime.request import Request
+from distllm.runtime.request import Request, RequestStatus
 
 
 class Search(Protocol):
@@ -74,6 +74,13 @@ class BeamGroup:
             starts.append(len(known) if child.parent == number else common_length(known, row.token_ids))
         self.is_fresh, self.children = False, None
         return starts
+
+    def check_integrity(self) -> None:
+        """Assert that running rows stand where the search believes them."""
+        assert len({row.status for row in self.requests}) == 1, "beams came apart"
+        if self.requests[0].status is RequestStatus.RUNNING:
+            waiting = self.live if self.children else list(self._results)
+            assert not any(row.num_uncomputed_tokens for row in waiting), "a result of a row that runs again"
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -39,28 +39,32 @@ class Child(NamedTuple):
     token_id: int
 
 
+def count_candidates(params: BeamSearchParams, eos_token_ids: Sequence[int]) -> int:
+    """How many continuations are looked at, of each beam and then of all: beam_width of them go on, even if
+    every beam could also end in every way."""
+    num_eos = 0 if params.ignore_eos else len(eos_token_ids)
+    return max(2, 1 + num_eos) * params.beam_width
+
+
 class BeamSearch:
     """Begins with one row, the prompt; from the first advance() on it has beam_width rows."""
 
     def __init__(self, params: BeamSearchParams, max_tokens: int, eos_token_ids: Sequence[int]) -> None:
-        """max_tokens: params.max_tokens, or fewer where the model's window ends before.
-
-        num_candidates continuations are looked at: enough that beam_width go on where all others end.
-        """
+        """max_tokens: params.max_tokens, or fewer where the model's window ends before."""
         self._params = params
         self._max_tokens = max_tokens
         self._eos = frozenset(() if params.ignore_eos else eos_token_ids)
-        self.num_candidates = max(2, 1 + len(self._eos)) * params.beam_width
+        self._num_candidates = count_candidates(params, eos_token_ids)
         self._beams = [Beam([], 0.0)]
         self.hypotheses: list[Hypothesis] = []  # the best first, at most beam_width
 
     def advance(self, results: Sequence[TokenLogprobs]) -> list[Child] | None:
-        """One more token. results: of each row, at least num_candidates best, or the whole vocabulary.
+        """One more token. results: of each row, the count_candidates() best.
 
         Returns the new content of every row; a row that goes on at all is its own first child's parent. None
         when the search has ended: then hypotheses holds beam_width.
         """
-        best = nlargest(self.num_candidates, self._extend(results))
+        best = nlargest(self._num_candidates, self._extend(results))
         length = len(self._beams[0].token_ids) + 1
         is_last = length == self._max_tokens
         for child in best[: self._params.beam_width]:

@@ -139,12 +139,14 @@ class Scheduler:
         self, plan: StepPlan, ready: list[Request], limit: int, branched: set[Request]
     ) -> list[Request]:
         """Those that were ready first, then in order, as far as limit and blocks reach; by slot."""
-        chosen: set[Request] = set()
+        chosen: list[Request] = []
+        spared = branched.copy()
         for request in sorted(ready, key=lambda r: (r.ready_step, *r.order)):
             if len(chosen) == limit:
                 break
-            if request.status is RequestStatus.RUNNING and self._try_grow(plan, request, chosen | branched):
-                chosen.add(request)
+            if request.status is RequestStatus.RUNNING and self._try_grow(plan, request, spared):
+                chosen.append(request)
+                spared.add(request)
         return sorted(chosen, key=BY_SLOT)
 
     def _advance_decodes(self, plan: StepPlan, requests: list[Request]) -> None:
@@ -346,4 +348,6 @@ class Scheduler:
         self._running.check_integrity(others)
         running = self._running.by_slot.values()
         self._tables.check_integrity(running)
+        for group in {r.group for r in running if r.group is not None}:
+            group.check_integrity()
         assert all(r.num_pending == pending[r] for r in (*running, *others)), "pending tokens are lost"
