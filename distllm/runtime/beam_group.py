@@ -67,11 +67,12 @@ class BeamGroup:
         digests = [row.block_digests for row in self.live]
         starts = []
         for number, (row, child) in enumerate(zip(self.requests, self.children, strict=True)):
-            known = [] if number >= len(tokens) else tokens[number]
+            known = tokens[number] if number < len(tokens) else []
             row.token_ids = [*tokens[child.parent], child.token_id]
             row.block_digests = digests[child.parent].copy()
             row.max_total_tokens = len(row.token_ids) + 1
-            starts.append(len(known) if child.parent == number else common_length(known, row.token_ids))
+            prompt = len(known) and row.num_prompt_tokens  # alike in all rows
+            starts.append(prompt + common_length(known[prompt:], row.token_ids[prompt:]))
         self.is_fresh, self.children = False, None
         return starts
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from heapq import nlargest
+from heapq import merge
+from itertools import islice
 from typing import NamedTuple
 
 from distllm.runtime.beam_search_params import BeamSearchParams
@@ -59,12 +60,13 @@ class BeamSearch:
         self.hypotheses: list[Hypothesis] = []  # the best first, at most beam_width
 
     def advance(self, results: Sequence[TokenLogprobs]) -> list[Child] | None:
-        """One more token. results: of each row, the count_candidates() best.
+        """One more token. results: of each row, the count_candidates() best, in order.
 
         Returns the new content of every row; a row that goes on at all is its own first child's parent. None
         when the search has ended: then hypotheses holds beam_width.
         """
-        best = nlargest(self._num_candidates, self._extend(results))
+        rows = (self._extend(*entry) for entry in enumerate(results))
+        best = list(islice(merge(*rows, reverse=True), self._num_candidates))
         length = len(self._beams[0].token_ids) + 1
         is_last = length == self._max_tokens
         for child in best[: self._params.beam_width]:
@@ -73,14 +75,14 @@ class BeamSearch:
         running = [child for child in best if child.token_id not in self._eos][: self._params.beam_width]
         if is_last or self._is_settled(running[0].cum_logprob, length):
             return None
-        rows = keep_places(running)
-        self._beams = [Beam(self._tokens(child), child.cum_logprob) for child in rows]
-        return rows
+        children = keep_places(running)
+        self._beams = [Beam(self._tokens(child), child.cum_logprob) for child in children]
+        return children
 
-    def _extend(self, results: Sequence[TokenLogprobs]) -> Iterator[Child]:
-        for row, (beam, result) in enumerate(zip(self._beams, results, strict=True)):
-            for token_id, logprob in zip(result.top_ids, result.top_logprobs, strict=True):
-                yield Child(beam.cum_logprob + logprob, row, token_id)
+    def _extend(self, row: int, result: TokenLogprobs) -> Iterator[Child]:
+        before = self._beams[row].cum_logprob
+        for token_id, logprob in zip(result.top_ids, result.top_logprobs, strict=True):
+            yield Child(before + logprob, row, token_id)
 
     def _tokens(self, child: Child) -> list[int]:
         return [*self._beams[child.parent].token_ids, child.token_id]

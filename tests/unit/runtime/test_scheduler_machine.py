@@ -52,8 +52,9 @@ def next_token(prefix: tuple[int, ...], seed: int) -> int:
 
 def logprobs(prefix: tuple[int, ...]) -> TokenLogprobs:
     """Of every token, by a hash: the beams of a search often branch, and often end."""
-    values = [-(zlib.crc32(bytes((token, *prefix))) % 10007) / 1000 for token in range(VOCAB_SIZE)]
-    return TokenLogprobs(values[0], 1, tuple(range(VOCAB_SIZE)), tuple(values))
+    values = {token: -(zlib.crc32(bytes((token, *prefix))) % 10007) / 1000 for token in range(VOCAB_SIZE)}
+    best = sorted(values, key=lambda token: -values[token])
+    return TokenLogprobs(values[0], 1, tuple(best), tuple(values[token] for token in best))
 
 
 def reference_search(params: BeamSearchParams, prompt: tuple[int, ...]) -> BeamSearch:
@@ -253,6 +254,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         beam_width=st.sampled_from([1, 2, 3, 3]),
         length_penalty=st.sampled_from([-1.0, 0.0, 1.0, 2.0]),
         early_stopping=st.sampled_from([True, False, "never"]),
+        ignore_eos=st.booleans(),
     )
     def add_beams(self, base: list[int], length: int, priority: int, **fields: Any) -> None:
         search = new_search(params := BeamSearchParams(**fields))
