@@ -25,6 +25,7 @@ from distllm.runtime.outputs import (
     CompletionOutput,
     Logprob,
     RequestOutput,
+    ScoreOutput,
 )
 from distllm.runtime.sampling_params import SamplingParams
 
@@ -50,6 +51,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "ScoreOutput",
     "UserError",
 ]
 

@@ -148,7 +148,7 @@ class Admission:
                     request_id=f"{request_id}.{index}" if params.n > 1 else request_id,
                     prompt_token_ids=token_ids,
                     max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
-                    sampling=self._row_sampling(params, seed + index, stops, controls),
+                    sampling=self._row_sampling(params, seed + index, stops, controls, scores=index == 0),
                     stop_token_ids=stops,
                     priority=priority,
                     fork_from=requests[0] if requests else None,
@@ -158,8 +158,14 @@ class Admission:
         return requests
 
     def _row_sampling(
-        self, params: SamplingParams, seed: int, stops: frozenset[int], controls: LogitControls | None
+        self,
+        params: SamplingParams,
+        seed: int,
+        stops: frozenset[int],
+        controls: LogitControls | None,
+        scores: bool,
     ) -> RowSampling:
+        """scores: this one of the n samples scores the prompt that they share, if that is asked for."""
         # min_tokens keeps even an ignored eos away, as in vLLM.
         forbidden = sorted(stops.union(self._eos)) if params.min_tokens else []
         return RowSampling(
@@ -168,12 +174,16 @@ class Admission:
             top_p=float(params.top_p),
             min_p=float(params.min_p),
             seed=(seed + 2**63) % 2**64 - 2**63,
-            num_logprobs=-1 if params.logprobs is None else min(params.logprobs, self._vocab_size),
+            num_logprobs=self._num_logprobs(params.logprobs),
+            num_prompt_logprobs=self._num_logprobs(params.prompt_logprobs) if scores else -1,
             min_tokens=params.min_tokens,
             stop_token_ids=tuple(forbidden),
             typical_p=1.0 if params.temperature < GREEDY_BELOW else float(params.typical_p),
             controls=controls,
         )
+
+    def _num_logprobs(self, asked: int | None) -> int:
+        return -1 if asked is None else min(asked, self._vocab_size)
 
     def _controls(self, params: SamplingParams) -> LogitControls | None:
         """None where the request changes nothing."""

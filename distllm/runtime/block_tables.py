@@ -130,6 +130,8 @@ class BlockTables:
     def _find_prefix(self, request: Request) -> tuple[list[int], int]:
         """Blocks that hold the first tokens already, and the number of these: the prefix cache's, or the
         leader's if they reach further. Of the leader's prompt the last token is left, to sample from."""
+        if request.scores_prompt:  # each token of it has to be computed
+            return [], 0
         prefix: list[int] = []
         if self.blocks.enable_prefix_caching:
             extend_digests(request.block_digests, request.token_ids, self.blocks.block_size)

@@ -103,7 +103,10 @@ class Coordinator:
         with watch("wait"):
             result = self._runner.result(plan.step - self._pp_size)
         with watch("update"):
+            scores = self._scheduler.take_scores(result)
             tokens = self._scheduler.update(result)
+        for request, start, logprobs in scores:
+            owner[request].add_prompt_logprobs(start, logprobs)
         with watch("deliver"):
             return self._deliver(tokens, owner)
 

@@ -43,6 +43,9 @@ class Generation:
         self._prompt = prompt
         self._params = params
         self._tokenizer = tokenizer
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs = [None] * requests[0].num_prompt_tokens
         self._stops = StopStrings(params.stop_strings, params.include_stop_str_in_output)
         self._samples = [_Sample(request, self._detokenizer(request)) for request in requests]
 
@@ -67,6 +70,14 @@ class Generation:
         stop, length = found
         sample.text = sample.text[:length]
         return stop
+
+    def add_prompt_logprobs(self, start: int, logprobs: list[TokenLogprobs]) -> None:
+        """Of the prompt's tokens from start on. After a preemption they come again."""
+        assert self._prompt_logprobs is not None, "nobody asked for them"
+        token_ids, num_top = self.requests[0].prompt_token_ids, self._params.prompt_logprobs
+        for position, values in enumerate(logprobs, start):
+            entry = self._logprob_dict(token_ids[position], values.limited(num_top or 0))
+            self._prompt_logprobs[position] = entry
 
     def output(self) -> RequestOutput:
         """Everything so far."""
@@ -138,6 +149,7 @@ class Generation:
             outputs=outputs,
             finished=self.finished,
             num_cached_tokens=first.num_cached_tokens,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
     def _logprob_dict(self, token_id: int, values: TokenLogprobs) -> dict[int, Logprob]:

@@ -40,7 +40,7 @@ from distllm.runtime.coordinator import Coordinator, Watch
 from distllm.runtime.generation import Generation
 from distllm.runtime.kv_memory import allocate_kv_cache, kv_block_count
 from distllm.runtime.model_runner import ModelRunner
-from distllm.runtime.outputs import BeamSearchOutput, RequestOutput
+from distllm.runtime.outputs import BeamSearchOutput, RequestOutput, ScoreOutput, score_output
 from distllm.runtime.sampling_params import GENERATION_FIELDS, SamplingParams, default_sampling_params
 from distllm.runtime.scheduler import Scheduler, SchedulerConfig
 from distllm.runtime.slots import SlotTables
@@ -170,6 +170,15 @@ class LLM:
             for _ in self._coordinator.run([]):
                 pass
             return [search.output() for search in searches]
+
+    def score(self, prompts: Prompt | Sequence[Prompt]) -> list[ScoreOutput]:
+        """The log-likelihood of each text, token by token: of prompts in their order on rank 0, an empty list
+        elsewhere. A text may have max_model_len − 1 tokens.
+
+        Raises RequestError, on every rank, if any prompt is refused.
+        """
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        return [score_output(output) for output in self.generate(prompts, params)]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What generate() uses where it is given none: the model's generation_config.json over the library's

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from distllm.comm.base import Channels
@@ -22,19 +23,10 @@ from distllm.parallel.layout import RankLayout
 from distllm.runtime.controlled_rows import LogitsProcessor
 from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs
 from distllm.runtime.plan import StepPlan, StepResult, TokenLogprobs
-from distllm.runtime.sampler import Sampled, Sampler, num_top_logprobs
+from distllm.runtime.sampled import Logprobs, Sampled, SampledRows
+from distllm.runtime.sampler import Sampler, num_top_logprobs
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import HostCopy, to_device
-
-
-@dataclass(frozen=True)
-class _SampledRows:
-    """Who sampled in a step, and where the new tokens belong."""
-
-    step: int
-    slots: list[int]
-    num_top: int  # log-probabilities asked for, −1 for none
-    positions: torch.Tensor  # [n] int64
 
 
 @dataclass(frozen=True)
@@ -68,8 +60,8 @@ class ModelRunner:
         self._decodes: DecodeGraphs[_DecodeOutput] | None = None
         self._prompts: PromptGraphs[tuple[TokenBatch, torch.Tensor]] | None = None
         self._hidden_in: torch.Tensor | None = None  # where captured steps of later stages read
-        self._in_flight: deque[_SampledRows] = deque()  # first stage, pp > 1: sampled, not received
-        self._results: dict[int, tuple[_SampledRows, HostCopy]] = {}  # rank 0: received, not read
+        self._in_flight: deque[SampledRows] = deque()  # first stage, pp > 1: sampled, not received
+        self._results: dict[int, tuple[SampledRows, HostCopy]] = {}  # rank 0: received, not read
 
     @torch.inference_mode()
     def capture(self, max_num_seqs: int, max_tokens: int) -> None:
@@ -115,12 +107,10 @@ class ModelRunner:
         if step not in self._results:
             return StepResult(step, [])
         rows, copy = self._results.pop(step)
-        token_ids, *logprobs = copy.wait()
-        if not logprobs:
-            return StepResult(step, token_ids.tolist())
-        values, top_ids = logprobs
-        entries = zip(rows.slots, values.tolist(), top_ids.tolist(), strict=True)
-        return StepResult(step, token_ids.tolist(), [self._logprobs(*entry) for entry in entries])
+        sampled = Sampled.of_parts(rows, copy.wait())
+        logprobs = self._limited(rows, sampled.logprobs) if sampled.logprobs else None
+        scores = sampled.scores.tolist() if sampled.scores else []
+        return StepResult(step, sampled.token_ids.tolist(), logprobs, scores)
 
     def _run_rows(self, plan: StepPlan) -> None:
         if self._decodes is not None and not plan.prefills:
@@ -128,7 +118,7 @@ class ModelRunner:
             return
         batch, hidden = self._forward_rows(plan)
         self._send_hidden(hidden)
-        if plan.sampled_slots:
+        if plan.sampled_slots or plan.scored_rows:
             self._sample(plan, batch, hidden)
 
     def _forward_rows(self, plan: StepPlan) -> tuple[TokenBatch, torch.Tensor]:
@@ -203,10 +193,12 @@ class ModelRunner:
         else:
             self._send(Sampled(output.token_ids[: len(slots)].clone()))
 
-    def _sampled_rows(self, plan: StepPlan, positions: torch.Tensor) -> _SampledRows:
-        slots = plan.sampled_slots
+    def _sampled_rows(self, plan: StepPlan, positions: torch.Tensor) -> SampledRows:
+        slots, scored = plan.sampled_slots, [row for _, row in plan.scored_rows]
         num_top = num_top_logprobs(self._tables.special_rows(slots))
-        return _SampledRows(plan.step, slots, num_top, positions)
+        asked = [self._tables.sampling[row.slot].num_prompt_logprobs for row in scored]
+        num_scored = sum(row.num_scored for row in scored)
+        return SampledRows(plan.step, slots, positions, num_top, num_scored, max(asked, default=-1))
 
     def _receive_hidden(self, plan: StepPlan) -> torch.Tensor | None:
         if self._layout.is_first_stage:
@@ -225,11 +217,25 @@ class ModelRunner:
         if not self._layout.is_last_stage:
             self._expect(rows)
             return
+        scores = self._score(plan, batch, hidden, rows.num_prompt_top) if rows.num_scored else None
+        if not rows.slots:
+            self._pass_on(rows, replace(Sampled.empty(rows, self._device), scores=scores))
+            return
         last_tokens = batch.cu_seqlens_q[1:][index].long() - 1
         shard = self._decoder.head(hidden[last_tokens])
-        self._pass_on(rows, self._sampler.sample(shard, rows.slots, rows.positions))
+        sampled = self._sampler.sample(shard, rows.slots, rows.positions)
+        self._pass_on(rows, replace(sampled, scores=scores))
 
-    def _pass_on(self, rows: _SampledRows, sampled: Sampled) -> None:
+    def _score(self, plan: StepPlan, batch: TokenBatch, hidden: torch.Tensor, num_top: int) -> Logprobs:
+        """Last stage: of the prompts' tokens behind those of plan.scored_rows."""
+        rows = plan.scored_rows
+        places = np.concatenate([np.arange(begin, begin + row.num_scored) for begin, row in rows])
+        owners = np.repeat([row.slot for _, row in rows], [row.num_scored for _, row in rows])
+        index, slots = to_device(np.stack([places, owners]), torch.int64, self._device)
+        token_ids = self._tables.token_ids[slots, batch.positions[index].long() + 1]
+        return self._sampler.score(hidden[index], token_ids.long(), num_top)
+
+    def _pass_on(self, rows: SampledRows, sampled: Sampled) -> None:
         """From the last stage to the tables of the first."""
         if self._layout.is_first_stage:
             self._take_up(rows, sampled)
@@ -239,7 +245,7 @@ class ModelRunner:
         self._tables.write_tokens(slots, rows.positions, sampled.token_ids)
         self._send(sampled)
 
-    def _expect(self, rows: _SampledRows) -> None:
+    def _expect(self, rows: SampledRows) -> None:
         if self._layout.is_first_stage:
             self._in_flight.append(rows)
 
@@ -251,28 +257,28 @@ class ModelRunner:
         """Take the ids of every step up to last_step that the last stage has sampled for this one."""
         while self._in_flight and self._in_flight[0].step <= last_step:
             rows = self._in_flight.popleft()
-            sampled = Sampled.empty(len(rows.slots), rows.num_top, self._device)
+            sampled = Sampled.empty(rows, self._device)
             for tensor in sampled.messages:
                 self._channels.tokens.recv(tensor, self._layout.pp_size - 1)
             self._take_up(rows, sampled)
 
-    def _take_up(self, rows: _SampledRows, sampled: Sampled) -> None:
+    def _take_up(self, rows: SampledRows, sampled: Sampled) -> None:
         """Make sampled ids the inputs of later steps, and on rank 0 a result."""
         slots = to_device(rows.slots, torch.int64, self._device)
         self._tables.write_tokens(slots, rows.positions, sampled.token_ids)
         self._keep_result(rows, sampled)
 
-    def _keep_result(self, rows: _SampledRows, sampled: Sampled) -> None:
+    def _keep_result(self, rows: SampledRows, sampled: Sampled) -> None:
         if self._layout.rank == 0:
             self._results[rows.step] = rows, HostCopy(sampled.parts)
 
-    def _logprobs(self, slot: int, values: list[float], top_ids: list[int]) -> TokenLogprobs | None:
-        num_top = self._tables.sampling[slot].num_logprobs
-        if num_top < 0:
-            return None
-        return TokenLogprobs(
-            values[0], int(values[1]), tuple(top_ids[:num_top]), tuple(values[2 : 2 + num_top])
-        )
+    def _limited(self, rows: SampledRows, logprobs: Logprobs) -> list[TokenLogprobs | None]:
+        """Each row's, as many as it asked for."""
+        asked = [self._tables.sampling[slot].num_logprobs for slot in rows.slots]
+        return [
+            entry.limited(num_top) if num_top >= 0 else None
+            for entry, num_top in zip(logprobs.tolist(), asked, strict=True)
+        ]
 
     def _copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy on write, before anything of the step is written; no dst is another copy's src."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -43,6 +44,36 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     num_cached_tokens: int = 0  # prompt tokens that were not computed again
+    # Where asked for, one dict for each token of the prompt; None for the first, which follows none.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """How likely a text is under the model."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    logprobs: list[float]  # of each token but the first, given those before it
+    is_greedy: list[bool]  # whether it is the likeliest
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole text, given its first token."""
+        return math.fsum(self.logprobs)
+
+
+def score_output(output: RequestOutput) -> ScoreOutput:
+    """Of a request that asked for prompt_logprobs."""
+    assert output.prompt_logprobs is not None, "nobody asked for them"
+    chosen = [
+        entries[token_id]
+        for token_id, entries in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+        if entries is not None
+    ]
+    logprobs, is_greedy = [each.logprob for each in chosen], [each.rank == 1 for each in chosen]
+    return ScoreOutput(output.request_id, output.prompt, output.prompt_token_ids, logprobs, is_greedy)
 
 
 @dataclass

@@ -26,6 +26,7 @@ class RowSampling:
     min_tokens: int = 0  # until so many are generated, stop_token_ids cannot be sampled
     stop_token_ids: tuple[int, ...] = ()
     typical_p: float = 1.0  # 1 keeps all
+    num_prompt_logprobs: int = -1  # as num_logprobs, of the prompt's own tokens
     controls: LogitControls | None = None
 
     @property
@@ -70,6 +71,7 @@ class PrefillRow:
     slot: int
     num_tokens: int
     samples: bool
+    num_scored: int = 0  # the first so many tokens give log-probabilities of those behind them, the prompt's
 
 
 @dataclass
@@ -115,6 +117,12 @@ class StepPlan:
         return self.decode_slots + [row.slot for row in self.prefills if row.samples]
 
     @property
+    def scored_rows(self) -> list[tuple[int, PrefillRow]]:
+        """(where in the batch its tokens begin, the row) of those that score tokens of their prompt."""
+        begins = self.cu_seqlens[len(self.decode_slots) :]
+        return [(begin, row) for begin, row in zip(begins, self.prefills, strict=False) if row.num_scored]
+
+    @property
     def sampled_rows(self) -> list[int]:
         """Where in the batch the sampled slots stand."""
         num_decodes = len(self.decode_slots)
@@ -131,6 +139,10 @@ class TokenLogprobs:
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
 
+    def limited(self, num_top: int) -> TokenLogprobs:
+        """With the num_top best alone."""
+        return TokenLogprobs(self.logprob, self.rank, self.top_ids[:num_top], self.top_logprobs[:num_top])
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -139,3 +151,4 @@ class StepResult:
     step: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None  # None when no row of the step asked
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # plan.scored_rows, one after another

@@ -53,7 +53,7 @@ def encode(plan: StepPlan) -> Words:
     for pair in (*plan.block_copies, *ranges):
         words += pair
     for row in plan.prefills:
-        words += [row.slot, row.num_tokens, int(row.samples)]
+        words += [row.slot, row.num_tokens, int(row.samples), row.num_scored]
     return _message(_STEP, words)
 
 
@@ -159,7 +159,7 @@ def _encode_row_init(init: RowInit) -> list[int]:
         *(init.slot, init.start, init.num_prompt_tokens, init.num_computed_tokens),
         *_list(init.token_ids),
         *_words(packed),
-        *(sampling.top_k, sampling.num_logprobs, sampling.min_tokens),
+        *(sampling.top_k, sampling.num_logprobs, sampling.min_tokens, sampling.num_prompt_logprobs),
         *_list(sampling.stop_token_ids),
         *([0] if sampling.controls is None else [1, *_encode_controls(sampling.controls)]),
     ]
@@ -191,12 +191,13 @@ def _decode_row_init(reader: _Reader) -> RowInit:
 
 def _decode_sampling(reader: _Reader) -> RowSampling:
     seed, temperature, top_p, min_p, typical_p = reader.unpack(_SAMPLING)
-    top_k, num_logprobs, min_tokens = reader.take(3)
+    top_k, num_logprobs, min_tokens, num_prompt_logprobs = reader.take(4)
     stops = reader.take_list()
     controls = _decode_controls(reader) if reader.take(1)[0] else None
     return RowSampling(
-        temperature, top_k, top_p, min_p, seed, num_logprobs, min_tokens, stops, typical_p, controls
-    )
+        temperature, top_k, top_p, min_p, seed, num_logprobs, min_tokens, stops, typical_p,
+        num_prompt_logprobs, controls,
+    )  # fmt: skip
 
 
 def _decode_controls(reader: _Reader) -> LogitControls:
@@ -219,8 +220,8 @@ def _decode_pair(reader: _Reader) -> tuple[int, int]:
 
 
 def _decode_prefill(reader: _Reader) -> PrefillRow:
-    slot, num_tokens, samples = reader.take(3)
-    return PrefillRow(slot, num_tokens, bool(samples))
+    slot, num_tokens, samples, num_scored = reader.take(4)
+    return PrefillRow(slot, num_tokens, bool(samples), num_scored)
 
 
 def _slot_ranges(slots: Sequence[int]) -> list[tuple[int, int]]:

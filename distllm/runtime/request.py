@@ -76,6 +76,15 @@ class Request:
         return len(self.token_ids) - len(self.prompt_token_ids)
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of its prompt were asked for."""
+        return self.sampling.num_prompt_logprobs >= 0
+
+    def num_scored(self, start: int, num_tokens: int) -> int:
+        """How many of the tokens from start on are followed by one of the prompt, which they score."""
+        return max(0, min(num_tokens, self.num_prompt_tokens - 1 - start)) if self.scores_prompt else 0
+
+    @property
     def num_planned_tokens(self) -> int:
         """Tokens that exist, known or pending."""
         return len(self.token_ids) + self.num_pending

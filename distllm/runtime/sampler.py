@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -11,39 +10,11 @@ from distllm.kernels import keep_typical, lowest_kept, sample_tokens, token_logp
 from distllm.parallel.vocab import VocabParallelHead
 from distllm.runtime.controlled_rows import ControlledRows, History, LogitsProcessor
 from distllm.runtime.plan import RowSampling
+from distllm.runtime.sampled import Logprobs, Sampled
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import to_device
 
-
-@dataclass(frozen=True)
-class Sampled:
-    """The tokens of one step, in the order of plan.sampled_slots; on the device until rank 0 reads them."""
-
-    token_ids: torch.Tensor  # [n] int64
-    logprobs: torch.Tensor | None = None  # [n, 2 + num_top] fp32: the token's, its rank, the best ones'
-    top_ids: torch.Tensor | None = None  # [n, num_top] int64
-
-    @staticmethod
-    def empty(num_rows: int, num_top: int, device: torch.device) -> Sampled:
-        """Room to receive num_rows results; num_top is −1 where no row asks for log-probabilities."""
-        token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
-        if num_top < 0:
-            return Sampled(token_ids)
-        return Sampled(
-            token_ids,
-            torch.empty(num_rows, 2 + num_top, dtype=torch.float32, device=device),
-            torch.empty(num_rows, num_top, dtype=torch.int64, device=device),
-        )
-
-    @property
-    def parts(self) -> list[torch.Tensor]:
-        """token_ids, and logprobs and top_ids where a row asked for them."""
-        return [part for part in (self.token_ids, self.logprobs, self.top_ids) if part is not None]
-
-    @property
-    def messages(self) -> list[torch.Tensor]:
-        """What travels from the last stage to the first, in order. Empty tensors do not travel."""
-        return [part for part in self.parts if part.numel()]
+SCORED_ROWS = 128  # tokens of prompts whose logits exist at a time
 
 
 class Sampler:
@@ -74,7 +45,21 @@ class Sampler:
         logits, parameters = self._head.gather(shard), self._tables.parameters(index)
         history = History(self._tables.token_ids, index, positions, parameters["num_prompt"])
         token_ids = _choose(self._control(logits, rows, history), rows, positions, parameters)
-        return _with_logprobs(logits, token_ids, num_top_logprobs(rows))
+        num_top = num_top_logprobs(rows)
+        return Sampled(token_ids, _logprobs(logits, token_ids, num_top) if num_top >= 0 else None)
+
+    def score(self, hidden: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
+        """Of tokens that are known: token_ids [n] int64 are those behind hidden [n, hidden_size]. A piece at
+        a time, so that memory does not grow with the prompt.
+
+        Collective: one all_gather a piece by every rank of tp.
+        """
+        pieces = [
+            _logprobs(self._head.gather(self._head(part)), ids, num_top)
+            for part, ids in zip(hidden.split(SCORED_ROWS), token_ids.split(SCORED_ROWS), strict=True)
+        ]
+        values, top_ids = zip(*((piece.values, piece.top_ids) for piece in pieces), strict=True)
+        return Logprobs(torch.cat(values), torch.cat(top_ids))
 
     def sample_plain(self, shard: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As sample(), of plain rows: [n] int64. Decides nothing on the host, so it can be captured."""
@@ -143,8 +128,6 @@ def forbid_early_stop(
     return logits
 
 
-def _with_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Sampled:
-    if num_top < 0:
-        return Sampled(token_ids)
+def _logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
     chosen, rank, top_ids, top_logprobs = token_logprobs(logits, token_ids, num_top)
-    return Sampled(token_ids, torch.cat([chosen[:, None], rank[:, None].float(), top_logprobs], 1), top_ids)
+    return Logprobs(torch.cat([chosen[:, None], rank[:, None].float(), top_logprobs], 1), top_ids)

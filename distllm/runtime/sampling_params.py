@@ -68,6 +68,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     logprobs: int | None = None  # k best at each position, and the sampled token's
+    prompt_logprobs: int | None = None  # the same at each position of the prompt
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
@@ -84,8 +85,9 @@ class SamplingParams:
         self._check_controls()
         if self.seed is not None:
             check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.logprobs is not None:
-            check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
             check_bool(name, getattr(self, name))
         self._check_lengths()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 from distllm.runtime.beam_group import BeamGroup, common_length
 from distllm.runtime.block_tables import BlockTables
@@ -17,10 +19,22 @@ from distllm.runtime.request import Request, RequestStatus
 from distllm.runtime.running import BY_ORDER, BY_SLOT, Running
 from distllm.runtime.scheduler_config import SchedulerConfig
 
-__all__ = ["AcceptedToken", "Scheduler", "SchedulerConfig"]
+__all__ = ["AcceptedToken", "Scheduler", "SchedulerConfig", "ScoredPrompt"]
 
 
 AcceptedToken = tuple[Request, int, TokenLogprobs | None]  # a plain tuple: hundreds are made in a step
+ScoredPrompt = tuple[Request, int, list[TokenLogprobs]]  # of its tokens from this position on
+
+
+@dataclass(frozen=True)
+class _Outstanding:
+    """Of a planned step whose results have not come: who sampled, and whose prompts are scored from where on
+    and how far, in batch order.
+    """
+
+    step: int
+    sampled: list[Request]
+    scored: list[tuple[Request, int, int]]
 
 
 class Scheduler:
@@ -34,7 +48,8 @@ class Scheduler:
         self._waiting: list[Request] = []  # by Request.order
         self._running = Running(config.max_num_seqs)
         self._branching: list[BeamGroup] = []  # running, decided, and waiting for blocks
-        self._outstanding: deque[tuple[int, list[Request]]] = deque()  # (step, who sampled, in batch order)
+        self._outstanding: deque[_Outstanding] = deque()
+        self._scored: list[tuple[Request, int, int]] = []  # of the step that is being planned
 
     @property
     def has_unfinished(self) -> bool:
@@ -42,8 +57,8 @@ class Scheduler:
 
     @property
     def has_outstanding(self) -> bool:
-        """Whether tokens were sampled whose results have not been given back."""
-        return any(sampled for _, sampled in self._outstanding)
+        """Whether tokens were sampled or scored whose results have not been given back."""
+        return any(entry.sampled or entry.scored for entry in self._outstanding)
 
     # requests come and go
 
@@ -77,13 +92,13 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan the next step: decodes, then running prefills, then admissions. It may turn out empty."""
-        plan = StepPlan(self.step)
+        plan, self._scored = StepPlan(self.step), []
         branched = self._branch_beams(plan)
         budget = self._schedule_decodes(plan, self.config.max_num_batched_tokens, branched)
         budget = self._schedule_prefills(plan, budget)
         self._admit_waiting(plan, budget)
         sampled = [self._running.by_slot[slot] for slot in plan.sampled_slots]
-        self._outstanding.append((plan.step, sampled))
+        self._outstanding.append(_Outstanding(plan.step, sampled, self._scored))
         self.step += 1
         return plan
 
@@ -193,6 +208,7 @@ class Scheduler:
     def _schedule_row(self, plan: StepPlan, request: Request, budget: int) -> int:
         """Run the request's next tokens, as many as the budget lets; the last of them samples."""
         num_tokens = min(request.num_uncomputed_tokens, budget)
+        start = request.num_computed_tokens
         request.num_computed_tokens += num_tokens
         samples = request.num_uncomputed_tokens == 0
         if samples:
@@ -201,7 +217,10 @@ class Scheduler:
         if samples and num_tokens == 1:
             insort(plan.decode_slots, request.slot)
         else:
-            plan.prefills.append(PrefillRow(request.slot, num_tokens, samples))
+            num_scored = request.num_scored(start, num_tokens)
+            plan.prefills.append(PrefillRow(request.slot, num_tokens, samples, num_scored))
+            if num_scored:
+                self._scored.append((request, start + 1, num_scored))
         if request.num_uncomputed_tokens == 1:
             self._running.end_prefill(request)
         self._tables.register(request)
@@ -297,12 +316,21 @@ class Scheduler:
 
     # results
 
+    def take_scores(self, result: StepResult) -> list[ScoredPrompt]:
+        """The scores in the result of a step, by request. To be asked before update() is given it."""
+        if not result.prompt_logprobs:
+            return []
+        scores = iter(result.prompt_logprobs)
+        scored = self._outstanding[0].scored
+        return [(request, start, list(islice(scores, count))) for request, start, count in scored]
+
     def update(self, result: StepResult) -> list[AcceptedToken]:
         """Take the results of the steps in order; before step 0 they are empty. Tokens of requests that have
         finished meanwhile are dropped, those of beams go to their search."""
         if result.step < 0:
             return []
-        step, requests = self._outstanding.popleft()
+        outstanding = self._outstanding.popleft()
+        step, requests = outstanding.step, outstanding.sampled
         assert step == result.step, f"result of step {result.step} came, {step} is next"
         assert step + self.config.depth <= self.step, f"tokens of step {step} are not on the first stage yet"
         accepted: list[AcceptedToken] = []
@@ -343,7 +371,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that blocks, slots and counts of pending tokens agree with the requests."""
-        pending = Counter(request for _, sampled in self._outstanding for request in sampled)
+        pending = Counter(request for entry in self._outstanding for request in entry.sampled)
         others = [*self._waiting, *pending]
         self._running.check_integrity(others)
         running = self._running.by_slot.values()

@@ -13,6 +13,7 @@ INF, NAN = float("inf"), float("nan")
 NUMBERS = (
     "n", "temperature", "top_k", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "no_repeat_ngram_size", "seed", "max_tokens", "min_tokens", "logprobs",
+    "prompt_logprobs",
 )  # fmt: skip
 FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
 
@@ -39,6 +40,7 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("max_tokens", [None, 1, 2**31 - 1], [0, -1, 2**31, 1.5]),
     ("min_tokens", [0, 16], [-1, 17, 2**31, 1.5, None]),
     ("logprobs", [None, 0, 20], [-1, 21, 1.5]),
+    ("prompt_logprobs", [None, 0, 20], [-1, 21, 1.5]),
     (
         "stop",
         [None, "x", [], ["x"] * 64, ("x" * 1024,)],
