@@ -18,7 +18,15 @@ from distllm.errors import (
     RequestError,
     UserError,
 )
-from distllm.runtime.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
+from distllm.runtime.beam_search_params import BeamSearchParams
+from distllm.runtime.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    CompletionOutput,
+    Logprob,
+    RequestOutput,
+    ScoreOutput,
+)
 from distllm.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -28,6 +36,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CheckpointError",
     "CommError",
     "CommTimeout",

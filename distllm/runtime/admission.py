@@ -7,11 +7,14 @@ Runs on rank 0 before anything of the batch is admitted, so that a refused reque
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
+from distllm.runtime.beam_generation import BeamGeneration
+from distllm.runtime.beam_search import count_candidates
+from distllm.runtime.beam_search_params import BeamSearchParams
 from distllm.runtime.generation import Generation
 from distllm.runtime.logit_controls import NO_CONTROLS, LogitControls
 from distllm.runtime.plan import RowSampling
@@ -19,6 +22,8 @@ from distllm.runtime.request import Request
 from distllm.runtime.sampling_params import SamplingParams
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+Admitted = TypeVar("Admitted")
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow
 
@@ -64,18 +69,33 @@ class Admission:
         priorities: Sequence[int] | None = None,
     ) -> list[Generation]:
         """A Generation for each prompt. Raises RequestError that names the prompt; then none is admitted."""
+        priority = 0 if priorities is None else priorities
+        return self._each(self._admit, prompts, {"sampling_params": params, "priorities": priority})
+
+    def admit_beams(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | Sequence[BeamSearchParams]
+    ) -> list[BeamGeneration]:
+        """As admit_all, for beam search."""
+        return self._each(self._admit_beam, prompts, {"params": params})
+
+    def _each(
+        self,
+        admit: Callable[..., Admitted],
+        prompts: Prompt | Sequence[Prompt],
+        columns: Mapping[str, Any],
+    ) -> list[Admitted]:
+        """admit(prompt, …) with what the columns hold for it."""
         listed = as_prompt_list(prompts)
         if not listed:
             raise RequestError("the list of prompts is empty; give at least one prompt")
-        all_params = self._spread("sampling_params", params, len(listed))
-        all_priorities = self._spread("priorities", 0 if priorities is None else priorities, len(listed))
-        generations = []
-        for number, item in enumerate(zip(listed, all_params, all_priorities, strict=True)):
+        spread = [self._spread(name, value, len(listed)) for name, value in columns.items()]
+        admitted = []
+        for number, item in enumerate(zip(listed, *spread, strict=True)):
             try:
-                generations.append(self._admit(*item))
+                admitted.append(admit(*item))
             except RequestError as error:
                 raise RequestError(f"prompt {number}: {error}" if len(listed) > 1 else str(error)) from None
-        return generations
+        return admitted
 
     @staticmethod
     def _spread(name: str, value: Any, count: int) -> list[Any]:
@@ -100,6 +120,19 @@ class Admission:
         request_id, self._count = str(self._count), self._count + 1
         requests = self._make_requests(request_id, tuple(token_ids), params, priority)
         return Generation(request_id, text, params, requests, self._tokenizer)
+
+    def _admit_beam(self, prompt: Prompt, params: BeamSearchParams) -> BeamGeneration:
+        _, token_ids = self._tokenize(prompt)
+        self._check_length(token_ids)
+        num_candidates = count_candidates(params, self._eos)
+        if num_candidates > self._vocab_size:
+            raise RequestError(
+                f"beam_width is {params.beam_width}: {num_candidates} continuations of each are looked at, "
+                f"the vocabulary has {self._vocab_size}; lower beam_width"
+            )
+        request_id, self._count = str(self._count), self._count + 1
+        max_tokens = min(params.max_tokens, self._max_model_len - len(token_ids))
+        return BeamGeneration(request_id, token_ids, params, max_tokens, self._eos, self._tokenizer)
 
     def _make_requests(
         self, request_id: str, token_ids: tuple[int, ...], params: SamplingParams, priority: int

@@ -5,7 +5,7 @@ Between the scheduler, which decides who runs, and the BlockManager, which count
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from distllm.runtime.block_manager import BlockManager, extend_digests
 from distllm.runtime.request import Request, RequestStatus
@@ -36,6 +36,18 @@ class BlockTables:
         request.num_registered_blocks = num_cached // self.blocks.block_size
         return [copy] if copy else []
 
+    def try_open_all(self, requests: Sequence[Request]) -> list[tuple[int, int]] | None:
+        """As try_open, of all or of none."""
+        copies: list[tuple[int, int]] = []
+        for number, request in enumerate(requests):
+            found = self.try_open(request)
+            if found is None:
+                for opened in requests[:number]:
+                    self.close(opened)
+                return None
+            copies += found
+        return copies
+
     def has_room(self, num_blocks: int) -> bool:
         return self.blocks.can_allocate(num_blocks)
 
@@ -50,16 +62,55 @@ class BlockTables:
 
     def close(self, request: Request) -> None:
         """Give the blocks back. At once: steps run in order, so the next owner writes after the last read."""
+        self.release(request)
+        request.num_computed_tokens = 0
+
+    def release(self, request: Request) -> None:
+        """As close, of a beam that ends: another one's continuation takes its row."""
         self.register(request)
         self.blocks.free(request.block_ids)
         request.block_ids = []
-        request.capacity = request.num_computed_tokens = 0
+        request.capacity = 0
+
+    def num_to_branch(self, rows: Sequence[Request], parents: Sequence[int]) -> int:
+        """How many blocks branch() takes: one for each row at the border of a block, elsewhere one for each
+        row that leaves its place."""
+        at_border = rows[parents[0]].num_computed_tokens % self.blocks.block_size == 0
+        return sum(at_border or parent != row for row, parent in enumerate(parents))
+
+    def branch(self, rows: Sequence[Request], parents: Sequence[int]) -> list[tuple[int, int]]:
+        """Each row goes on from the KV of another, parents[row], or its own: they share blocks by reference,
+        and the block to be written next is each one's own. Returns the (src, dst) blocks to copy first.
+
+        A parent is its own parent; the other rows hold no blocks. There must be room for num_to_branch.
+        """
+        for number in set(parents):
+            self.register(rows[number])
+        for row, number in zip(rows, parents, strict=True):
+            if row is not rows[number]:
+                self._share(row, rows[number])
+        copies = [self._open_next(row) for row in rows]
+        return [copy for copy in copies if copy is not None]
+
+    def _share(self, request: Request, parent: Request) -> None:
+        request.block_ids = self.blocks.fork(parent.block_ids, parent.num_computed_tokens)
+        request.num_computed_tokens = parent.num_computed_tokens
+        request.num_registered_blocks = parent.num_registered_blocks
+
+    def _open_next(self, request: Request) -> tuple[int, int] | None:
+        """See that the block of the next token is there and the request's own; the (src, dst) to copy."""
+        index, offset = divmod(request.num_computed_tokens, self.blocks.block_size)
+        copy = self.blocks.make_writable(request.block_ids, index) if offset else None
+        if offset == 0:
+            self.blocks.extend(request.block_ids, 1)
+        request.capacity = len(request.block_ids) * self.blocks.block_size
+        return copy
 
     def register(self, request: Request) -> None:
         """Offer the prefix cache the blocks whose tokens are all known and planned. To be called when more of
         a prompt is planned; append and close see to what is generated."""
         num_known = min(request.num_computed_tokens, len(request.token_ids))
-        num_full = num_known // self.blocks.block_size
+        num_full = min(num_known // self.blocks.block_size, len(request.block_ids))
         if not self.blocks.enable_prefix_caching or num_full <= request.num_registered_blocks:
             return
         extend_digests(request.block_digests, request.token_ids, self.blocks.block_size)

@@ -7,7 +7,7 @@ while the stages do. Knows no layer and no shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from distllm.comm.base import Control
@@ -35,9 +35,8 @@ class Coordinator:
         self._running: dict[str, Generation] = {}  # what run() has in hand, by request id
         self._changed: list[Generation] = []  # of the last step, to be yielded; abort() adds to it
 
-    def admit(self, generations: list[Generation]) -> None:
-        """Queue the requests of these prompts, or none: RequestError if one could never fit."""
-        requests = [request for generation in generations for request in generation.requests]
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Queue these requests, or none: RequestError if one could never fit."""
         try:
             for request in requests:
                 self._scheduler.add(request)
@@ -48,7 +47,7 @@ class Coordinator:
 
     def run(self, generations: list[Generation]) -> Generator[Generation]:
         """Generate what was admitted, yielding a Generation each time it has new tokens; then release the
-        workers.
+        workers. Beam searches run too; they have nothing to yield.
 
         Closing the iterator early aborts what is left. Rank 0 only, while every other rank is in run_worker.
         """

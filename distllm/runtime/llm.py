@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -33,12 +33,14 @@ from distllm.models.decoder import Decoder
 from distllm.models.shards import check_layout, shard_table
 from distllm.parallel.layout import RankLayout
 from distllm.runtime.admission import Admission, Prompt
+from distllm.runtime.beam_generation import BeamGeneration
+from distllm.runtime.beam_search_params import BeamSearchParams
 from distllm.runtime.controlled_rows import LogitsProcessor
 from distllm.runtime.coordinator import Coordinator, Watch
 from distllm.runtime.generation import Generation
 from distllm.runtime.kv_memory import allocate_kv_cache, kv_block_count
 from distllm.runtime.model_runner import ModelRunner
-from distllm.runtime.outputs import RequestOutput, ScoreOutput, score_output
+from distllm.runtime.outputs import BeamSearchOutput, RequestOutput, ScoreOutput, score_output
 from distllm.runtime.sampling_params import GENERATION_FIELDS, SamplingParams, default_sampling_params
 from distllm.runtime.scheduler import Scheduler, SchedulerConfig
 from distllm.runtime.slots import SlotTables
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from distllm.engine.load import Progress
 
 logger = logging.getLogger(__name__)
+
+Work = TypeVar("Work", Generation, BeamGeneration)
 
 
 class LLM:
@@ -146,6 +150,26 @@ class LLM:
                 return self._chat_prompts(messages, tools, add_generation_prompt, chat_template_kwargs or {})
 
             return self._finish(self._admit(prompts, sampling_params, None))
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams],
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of every prompt, found by beam search, in the order of the prompts on
+        rank 0; an empty list elsewhere.
+
+        prompts: as in generate(). params: one for all, or one each.
+        Raises RequestError, on every rank, if any prompt or parameter is refused.
+        """
+        with self._use():
+            if not self.is_root:
+                run_worker(self._control, self._runner)
+                return []
+            searches = self._queue(lambda: self._admission.admit_beams(prompts, params))
+            for _ in self._coordinator.run([]):
+                pass
+            return [search.output() for search in searches]
 
     def score(self, prompts: Prompt | Sequence[Prompt]) -> list[ScoreOutput]:
         """The log-likelihood of each text, token by token: of prompts in their order on rank 0, an empty list
@@ -341,15 +365,18 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
     ) -> list[Generation]:
-        """Check and queue on rank 0; what is refused here is refused on every rank."""
         params = self._default_sampling_params if sampling_params is None else sampling_params
+        return self._queue(lambda: self._admission.admit_all(make_prompts(), params, priority))
+
+    def _queue(self, admit: Callable[[], list[Work]]) -> list[Work]:
+        """Check and queue on rank 0; what is refused here is refused on every rank."""
         try:
-            generations = self._admission.admit_all(make_prompts(), params, priority)
-            self._coordinator.admit(generations)
+            works = admit()
+            self._coordinator.admit([request for work in works for request in work.requests])
         except RequestError as error:
             self._coordinator.refuse(str(error))
             raise
-        return generations
+        return works
 
     @contextmanager
     def _use(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What generate() and stream() return. Field names as in vLLM."""
+"""What generate(), stream() and beam_search() return. Field names as in vLLM."""
 
 from __future__ import annotations
 
@@ -74,3 +74,21 @@ def score_output(output: RequestOutput) -> ScoreOutput:
     ]
     logprobs, is_greedy = [each.logprob for each in chosen], [each.rank == 1 for each in chosen]
     return ScoreOutput(output.request_id, output.prompt, output.prompt_token_ids, logprobs, is_greedy)
+
+
+@dataclass
+class BeamSearchSequence:
+    """One of the sequences that a beam search has found."""
+
+    tokens: list[int]  # the prompt, then what was generated, the end-of-sequence token included
+    cum_logprob: float  # of what was generated
+    text: str  # of all tokens but special ones
+    score: float  # cum_logprob / generated tokens ** length_penalty
+    finish_reason: str  # "stop" or "length"
+
+
+@dataclass
+class BeamSearchOutput:
+    """What beam_search() returns for one prompt."""
+
+    sequences: list[BeamSearchSequence]  # the best first

@@ -43,13 +43,15 @@ class RowSampling:
 
 @dataclass(frozen=True)
 class RowInit:
-    """A request enters a slot: whatever the slot held before is gone."""
+    """A request enters a slot: whatever the slot held before is gone. Or, with start > 0, a beam goes on from
+    another one's tokens: those before start stay."""
 
     slot: int
-    token_ids: tuple[int, ...]  # prompt, and what was generated before a preemption
+    token_ids: tuple[int, ...]  # from position start on: prompt, and what was generated
     num_prompt_tokens: int
     num_computed_tokens: int  # tokens whose KV is already in the blocks (prefix cache, fork)
     sampling: RowSampling
+    start: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, 
 
 Words = npt.NDArray[np.int32]
 
-FORMAT = 0x444C0002  # "DL", then the version of this layout
+FORMAT = 0x444C0003  # "DL", then the version of this layout
 _STEP, _END, _ERROR = 1, 2, 3
 _HEADER_WORDS = 3
 _SAMPLING = struct.Struct("<qdddd")  # seed, temperature, top_p, min_p, typical_p
@@ -156,7 +156,7 @@ def _encode_row_init(init: RowInit) -> list[int]:
         sampling.seed, sampling.temperature, sampling.top_p, sampling.min_p, sampling.typical_p
     )
     return [
-        *(init.slot, init.num_prompt_tokens, init.num_computed_tokens),
+        *(init.slot, init.start, init.num_prompt_tokens, init.num_computed_tokens),
         *_list(init.token_ids),
         *_words(packed),
         *(sampling.top_k, sampling.num_logprobs, sampling.min_tokens, sampling.num_prompt_logprobs),
@@ -184,9 +184,9 @@ def _list(values: Sequence[int]) -> list[int]:
 
 
 def _decode_row_init(reader: _Reader) -> RowInit:
-    slot, num_prompt_tokens, num_computed_tokens, num_tokens = reader.take(4)
-    token_ids = tuple(reader.take(num_tokens))
-    return RowInit(slot, token_ids, num_prompt_tokens, num_computed_tokens, _decode_sampling(reader))
+    slot, start, num_prompt_tokens, num_computed_tokens = reader.take(4)
+    token_ids, sampling = reader.take_list(), _decode_sampling(reader)
+    return RowInit(slot, token_ids, num_prompt_tokens, num_computed_tokens, sampling, start)
 
 
 def _decode_sampling(reader: _Reader) -> RowSampling:

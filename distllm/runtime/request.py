@@ -5,10 +5,15 @@ A prompt with n > 1 becomes n Requests; the others fork from the first. Knows no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from distllm.runtime.plan import RowSampling
+
+if TYPE_CHECKING:
+    from distllm.runtime.beam_group import BeamGroup
 
 
 class RequestStatus(Enum):
@@ -34,6 +39,7 @@ class Request:
     priority: int = 0  # smaller runs first
     fork_from: Request | None = None  # share this one's prompt blocks once they are computed
     index: int = 0  # among the n samples of one prompt
+    group: BeamGroup | None = None  # the beam search that it is a row of
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort"
@@ -92,6 +98,12 @@ class Request:
     def wants_tokens(self) -> bool:
         """Whether one more sampled token could be kept: finish by length is foreseen by counting."""
         return self.num_planned_tokens < self.max_total_tokens
+
+    @property
+    def together(self) -> Sequence[Request]:
+        """Those that are admitted, preempted and ended with it, itself included; their orders are
+        neighbours."""
+        return (self,) if self.group is None else self.group.requests
 
     @property
     def order(self) -> tuple[int, int]:

@@ -30,16 +30,24 @@ class Running:
 
     def enter(self, request: Request) -> int:
         """Give the request a slot, of which there must be one. It is a prefill until end_prefill."""
+        insort(self.prefills, request, key=BY_ORDER)
+        return self.hold(request)
+
+    def hold(self, request: Request) -> int:
+        """As enter, but with nothing to compute yet."""
         request.slot = slot = heapq.heappop(self.free_slots)
         self.by_slot[slot] = request
-        insort(self.prefills, request, key=BY_ORDER)
         return slot
 
     def end_prefill(self, request: Request) -> None:
         """One token is left to compute: the request decodes from now on, if it may have more tokens."""
         self.prefills.remove(request)
         if request.wants_tokens:
-            insort(self.decodes, request, key=BY_SLOT)
+            self.decode(request)
+
+    def decode(self, request: Request) -> None:
+        """One token of a request in neither group is to be computed."""
+        insort(self.decodes, request, key=BY_SLOT)
 
     def leave(self, request: Request) -> None:
         del self.by_slot[request.slot]

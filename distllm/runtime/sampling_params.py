@@ -8,10 +8,18 @@ from reprlib import repr as shorten
 from typing import Any
 
 from distllm.errors import CheckpointError, RequestError
+from distllm.runtime.bounds import (
+    MAX_INT,
+    check_above_zero,
+    check_bool,
+    check_float,
+    check_int,
+    check_list,
+    check_text,
+)
 
 MAX_N = 64
 MAX_TEMPERATURE = 100.0
-MAX_INT = 2**31 - 1  # what the slot tables hold
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
@@ -33,44 +41,6 @@ GENERATION_FIELDS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-
-
-def _check_float(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RequestError(f"{name} is {shorten(value)}; it must be a number")
-    if not low <= value <= high:  # true of NaN too
-        raise RequestError(f"{name} is {shorten(value)}; it must be between {low} and {high}")
-
-
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name} is {shorten(value)}; it must be an integer")
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {shorten(value)}; it must be between {low} and {high}")
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} is {shorten(value)}; it must be True or False")
-
-
-def _check_above_zero(name: str, value: float, what: str) -> None:
-    if value <= 0:
-        raise RequestError(f"{name} is {value}; it must be above 0 ({what})")
-
-
-def _check_text(name: str, text: object, max_chars: int) -> None:
-    if not isinstance(text, str):
-        raise RequestError(f"{name} is {shorten(text)}; it must be a string")
-    if not 1 <= len(text) <= max_chars:
-        raise RequestError(f"{name} has {len(text)} characters; it must have 1 to {max_chars}")
-
-
-def _check_list(name: str, value: object, max_length: int) -> None:
-    if not isinstance(value, list | tuple):
-        raise RequestError(f"{name} is {shorten(value)}; it must be a list")
-    if len(value) > max_length:
-        raise RequestError(f"{name} has {len(value)} entries; at most {max_length} are allowed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,42 +74,42 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        _check_int("n", self.n, 1, MAX_N)
-        _check_float("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
-        _check_int("top_k", self.top_k, -1, MAX_INT)
-        _check_float("top_p", self.top_p, 0.0, 1.0)
-        _check_above_zero("top_p", self.top_p, "for greedy, set temperature=0")
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("typical_p", self.typical_p, 0.0, 1.0)
-        _check_above_zero("typical_p", self.typical_p, "1 keeps all")
+        check_int("n", self.n, 1, MAX_N)
+        check_float("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        check_int("top_k", self.top_k, -1, MAX_INT)
+        check_float("top_p", self.top_p, 0.0, 1.0)
+        check_above_zero("top_p", self.top_p, "for greedy, set temperature=0")
+        check_float("min_p", self.min_p, 0.0, 1.0)
+        check_float("typical_p", self.typical_p, 0.0, 1.0)
+        check_above_zero("typical_p", self.typical_p, "1 keeps all")
         self._check_controls()
         if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+            check_int("seed", self.seed, -(2**63), 2**63 - 1)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+                check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
-            _check_bool(name, getattr(self, name))
+            check_bool(name, getattr(self, name))
         self._check_lengths()
         self._check_stops()
 
     def _check_controls(self) -> None:
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
-        _check_above_zero("repetition_penalty", self.repetition_penalty, "1 is none")
-        _check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, MAX_NGRAM)
+        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
+        check_above_zero("repetition_penalty", self.repetition_penalty, "1 is none")
+        check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, MAX_NGRAM)
         self._check_bias()
         if self.allowed_token_ids is not None:
-            _check_list("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+            check_list("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
             if not self.allowed_token_ids:
                 raise RequestError("allowed_token_ids is empty; it must have an entry, or be None for all")
         for name, limit in (("bad_words", MAX_BAD_WORDS), ("logits_processors", MAX_PROCESSORS)):
             texts = getattr(self, name)
             if texts is not None:
-                _check_list(name, texts, limit)
+                check_list(name, texts, limit)
                 for index, text in enumerate(texts):
-                    _check_text(f"{name}[{index}]", text, MAX_BAD_WORD_CHARS)
+                    check_text(f"{name}[{index}]", text, MAX_BAD_WORD_CHARS)
 
     def _check_bias(self) -> None:
         if self.logit_bias is None:
@@ -151,14 +121,14 @@ class SamplingParams:
                 f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_BIASES} are allowed"
             )
         for token_id, value in self.logit_bias.items():
-            _check_int("a token id of logit_bias", token_id, 0, MAX_INT)
-            _check_float(f"logit_bias[{token_id}]", value, -MAX_BIAS, MAX_BIAS)
+            check_int("a token id of logit_bias", token_id, 0, MAX_INT)
+            check_float(f"logit_bias[{token_id}]", value, -MAX_BIAS, MAX_BIAS)
 
     def _check_lengths(self) -> None:
-        _check_int("min_tokens", self.min_tokens, 0, MAX_INT)
+        check_int("min_tokens", self.min_tokens, 0, MAX_INT)
         if self.max_tokens is None:
             return
-        _check_int("max_tokens", self.max_tokens, 1, MAX_INT)
+        check_int("max_tokens", self.max_tokens, 1, MAX_INT)
         if self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}; it must be at most max_tokens, {self.max_tokens}"
@@ -166,13 +136,13 @@ class SamplingParams:
 
     def _check_stops(self) -> None:
         if self.stop_token_ids is not None:
-            _check_list("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+            check_list("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
             for index, token_id in enumerate(self.stop_token_ids):
-                _check_int(f"stop_token_ids[{index}]", token_id, 0, MAX_INT)
+                check_int(f"stop_token_ids[{index}]", token_id, 0, MAX_INT)
         if self.stop is not None and not isinstance(self.stop, str):
-            _check_list("stop", self.stop, MAX_STOPS)
+            check_list("stop", self.stop, MAX_STOPS)
         for index, text in enumerate(self.stop_strings):
-            _check_text(f"stop[{index}]", text, MAX_STOP_CHARS)
+            check_text(f"stop[{index}]", text, MAX_STOP_CHARS)
         if self.stop_strings and not self.detokenize:
             raise RequestError("stop needs detokenize=True; it is False: set it or use stop_token_ids")
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from distllm.runtime.beam_group import BeamGroup, common_length
 from distllm.runtime.block_tables import BlockTables
 from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.request import Request, RequestStatus
@@ -45,6 +47,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._waiting: list[Request] = []  # by Request.order
         self._running = Running(config.max_num_seqs)
+        self._branching: list[BeamGroup] = []  # running, decided, and waiting for blocks
         self._outstanding: deque[_Outstanding] = deque()
         self._scored: list[tuple[Request, int, int]] = []  # of the step that is being planned
 
@@ -68,9 +71,13 @@ class Scheduler:
         insort(self._waiting, request, key=BY_ORDER)
 
     def abort(self, request: Request) -> None:
-        """End a request, added or not, wherever it stands. One that has finished stays as it is."""
-        if request.status is not RequestStatus.FINISHED:
-            self.finish(request, "abort")
+        """End a request, added or not, wherever it stands, with those that it is together with. One that has
+        finished stays as it is."""
+        if request.group in self._branching:
+            self._branching.remove(request.group)
+        for row in request.together:
+            if row.status is not RequestStatus.FINISHED:
+                self.finish(row, "abort")
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request; tokens on their way are dropped. One that has finished only takes the new reason."""
@@ -86,7 +93,8 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step: decodes, then running prefills, then admissions. It may turn out empty."""
         plan, self._scored = StepPlan(self.step), []
-        budget = self._schedule_decodes(plan, self.config.max_num_batched_tokens)
+        branched = self._branch_beams(plan)
+        budget = self._schedule_decodes(plan, self.config.max_num_batched_tokens, branched)
         budget = self._schedule_prefills(plan, budget)
         self._admit_waiting(plan, budget)
         sampled = [self._running.by_slot[slot] for slot in plan.sampled_slots]
@@ -94,28 +102,66 @@ class Scheduler:
         self.step += 1
         return plan
 
-    def _schedule_decodes(self, plan: StepPlan, budget: int) -> int:
+    def _branch_beams(self, plan: StepPlan) -> set[Request]:
+        """Carry out what beam searches have decided, in order, as far as there are blocks; their rows then
+        decode. Returns these rows: in this step nobody may preempt them."""
+        branched: set[Request] = set()
+        for group in sorted(self._branching, key=lambda group: group.requests[0].order):
+            if group in self._branching and self._try_branch(plan, group):
+                branched.update(group.requests)
+        return branched
+
+    def _try_branch(self, plan: StepPlan, group: BeamGroup) -> bool:
+        rows, parents = group.requests, group.parents
+        for number in set(range(len(rows))).difference(parents):
+            self._tables.release(rows[number])
+        if not self._try_make_room(rows[-1], self._tables.num_to_branch(rows, parents), set()):
+            return False
+        self._branching.remove(group)
+        tables = [row.block_ids.copy() for row in rows]
+        plan.block_copies += self._tables.branch(rows, parents)
+        for row, start, table in zip(rows, group.take_over(), tables, strict=True):
+            self._update_row(plan, row, start, common_length(table, row.block_ids))
+            row.ready_step = self.step
+            self._running.decode(row)
+        return True
+
+    def _update_row(self, plan: StepPlan, row: Request, first_token: int, first_block: int) -> None:
+        """Tell the ranks what a row holds from these places on."""
+        tokens, blocks = tuple(row.token_ids[first_token:]), tuple(row.block_ids[first_block:])
+        init = RowInit(
+            row.slot, tokens, row.num_prompt_tokens, row.num_computed_tokens, row.sampling, first_token
+        )
+        plan.new_rows.append(init)
+        if blocks:
+            plan.block_updates.append(BlockUpdate(row.slot, first_block, blocks))
+
+    def _schedule_decodes(self, plan: StepPlan, budget: int, branched: set[Request]) -> int:
         """One token each, at most a depth-th of all decodes: the stages' microbatches stay balanced."""
         decodes = self._running.decodes
         limit = min(budget, -(-len(decodes) // self.config.depth))
         ready = [request for request in decodes if request.ready_step <= self.step]
         growing = [request for request in ready if request.num_computed_tokens == request.capacity]
         if len(ready) > limit or not self._tables.has_room(len(growing)):
-            ready = self._choose_decodes(plan, ready, limit)
+            ready = self._choose_decodes(plan, ready, limit, branched)
         else:  # everybody runs, as nearly always: no need to ask who goes first
             for request in growing:
                 self._grow(plan, request)
         self._advance_decodes(plan, ready)
         return budget - len(ready)
 
-    def _choose_decodes(self, plan: StepPlan, ready: list[Request], limit: int) -> list[Request]:
+    def _choose_decodes(
+        self, plan: StepPlan, ready: list[Request], limit: int, branched: set[Request]
+    ) -> list[Request]:
         """Those that were ready first, then in order, as far as limit and blocks reach; by slot."""
-        chosen: set[Request] = set()
+        chosen: list[Request] = []
+        spared = branched.copy()
         for request in sorted(ready, key=lambda r: (r.ready_step, *r.order)):
             if len(chosen) == limit:
                 break
-            if request.status is RequestStatus.RUNNING and self._try_grow(plan, request, chosen):
-                chosen.add(request)
+            if request.status is RequestStatus.RUNNING and self._try_grow(plan, request, spared):
+                chosen.append(request)
+                spared.add(request)
         return sorted(chosen, key=BY_SLOT)
 
     def _advance_decodes(self, plan: StepPlan, requests: list[Request]) -> None:
@@ -143,11 +189,21 @@ class Scheduler:
             request = self._waiting[position]
             if self._awaits_leader(request, plan):
                 position += 1
-            elif self._try_admit(plan, request):
-                del self._waiting[position]
-                budget -= self._schedule_row(plan, request, budget)
-            else:
+                continue
+            rows = self._try_admit(plan, request)
+            if not rows:
                 break
+            del self._waiting[position : position + len(request.together)]
+            for row in rows:
+                budget -= self._start(plan, row, budget)
+
+    def _start(self, plan: StepPlan, request: Request, budget: int) -> int:
+        """Run the first tokens of a request that was admitted; of its beams the last may find no budget."""
+        if budget:
+            return self._schedule_row(plan, request, budget)
+        if request.num_uncomputed_tokens == 1:
+            self._running.end_prefill(request)
+        return 0
 
     def _schedule_row(self, plan: StepPlan, request: Request, budget: int) -> int:
         """Run the request's next tokens, as many as the budget lets; the last of them samples."""
@@ -172,16 +228,29 @@ class Scheduler:
 
     # blocks and slots
 
-    def _try_admit(self, plan: StepPlan, request: Request) -> bool:
-        """Give the request a slot and all its blocks: its prefill never waits and never preempts."""
-        if request.num_pending:  # preempted a moment ago: its tokens are not all known
-            return False
-        copies = self._tables.try_open(request)
+    def _try_admit(self, plan: StepPlan, request: Request) -> Sequence[Request]:
+        """Give the request a slot and all its blocks: its prefill never waits and never preempts. Of a beam
+        search all rows get theirs, or none. Returns those that have something to compute."""
+        rows = request.together
+        if any(row.num_pending for row in rows):  # preempted a moment ago: its tokens are not all known
+            return ()
+        live = rows if request.group is None else request.group.live
+        copies = self._tables.try_open_all(live) if len(rows) <= len(self._running.free_slots) else None
         if copies is None:
-            return False
+            return ()
         plan.block_copies += copies
-        self._enter(plan, request)
-        return True
+        for row in live:
+            self._enter(plan, row)
+        if request.group is not None:
+            request.group.restart()
+            self._hold_slots(rows[len(live) :])
+        return live
+
+    def _hold_slots(self, rows: Sequence[Request]) -> None:
+        """Of rows that will take over what another has computed."""
+        for row in rows:
+            row.status, row.num_computed_tokens = RequestStatus.RUNNING, row.num_prompt_tokens
+            self._running.hold(row)
 
     def _awaits_leader(self, request: Request, plan: StepPlan) -> bool:
         """Whether the prompt to be shared is not computed yet, or in this very step: too late for copies."""
@@ -206,12 +275,18 @@ class Scheduler:
         """See that the next token has a block, if need be a victim's."""
         if request.num_computed_tokens < request.capacity:
             return True
-        while not self._tables.has_room(1):
+        if not self._try_make_room(request, 1, chosen):
+            return False
+        self._grow(plan, request)
+        return True
+
+    def _try_make_room(self, request: Request, num_blocks: int, chosen: set[Request]) -> bool:
+        """Preempt victims until so many blocks are free."""
+        while not self._tables.has_room(num_blocks):
             victim = self._find_victim(request, chosen)
             if victim is None:
                 return False
             self._preempt(victim)
-        self._grow(plan, request)
         return True
 
     def _grow(self, plan: StepPlan, request: Request) -> None:
@@ -220,14 +295,20 @@ class Scheduler:
 
     def _find_victim(self, request: Request, chosen: set[Request]) -> Request | None:
         """The last in order of those behind the request that do not run in this step."""
-        behind = [r for r in self._running.by_slot.values() if r.order > request.order and r not in chosen]
-        return max(behind, key=BY_ORDER, default=None)
+        behind = [r for r in self._running.by_slot.values() if r.order > request.order]
+        free = (r for r in behind if chosen.isdisjoint(r.together))
+        return max(free, key=BY_ORDER, default=None)
 
     def _preempt(self, request: Request) -> None:
-        """Back to the queue. Generated tokens are kept; their KV will be computed again."""
-        self._vacate(request)
-        request.status = RequestStatus.PREEMPTED
-        insort(self._waiting, request, key=BY_ORDER)
+        """Back to the queue, with those that it is together with. Generated tokens are kept; their KV will be
+        computed again."""
+        for row in request.together:
+            self._vacate(row)
+            row.status = RequestStatus.PREEMPTED
+            insort(self._waiting, row, key=BY_ORDER)
+        if request.group in self._branching:
+            self._branching.remove(request.group)
+            request.group.take_over()
 
     def _vacate(self, request: Request) -> None:
         self._running.leave(request)
@@ -245,7 +326,7 @@ class Scheduler:
 
     def update(self, result: StepResult) -> list[AcceptedToken]:
         """Take the results of the steps in order; before step 0 they are empty. Tokens of requests that have
-        finished meanwhile are dropped."""
+        finished meanwhile are dropped, those of beams go to their search."""
         if result.step < 0:
             return []
         outstanding = self._outstanding.popleft()
@@ -256,9 +337,13 @@ class Scheduler:
         running = RequestStatus.RUNNING
         logprobs = result.logprobs or [None] * len(requests)
         for entry in zip(requests, result.token_ids, logprobs, strict=True):
-            request, token_id, _ = entry
+            request, token_id, entry_logprobs = entry
             request.num_pending -= 1
-            if request.status is running or self._wants_late_token(request):
+            if request.status is not running and not self._wants_late_token(request):
+                continue
+            if request.group is not None:
+                self._take_beam(request, request.group, entry_logprobs)
+            else:
                 request.token_ids.append(token_id)
                 accepted.append(entry)
                 if token_id in request.stop_token_ids:
@@ -266,6 +351,18 @@ class Scheduler:
                 elif len(request.token_ids) == request.max_total_tokens:
                     self.finish(request, "length")
         return accepted
+
+    def _take_beam(self, request: Request, group: BeamGroup, logprobs: TokenLogprobs | None) -> None:
+        """A row's result; with the last of them the search goes on or ends."""
+        if not group.take(request, logprobs):
+            return
+        if group.children is None:
+            for row in group.requests:
+                self.finish(row, "stop")
+        elif request.status is RequestStatus.RUNNING:
+            self._branching.append(group)
+        else:
+            group.take_over()
 
     def _wants_late_token(self, request: Request) -> bool:
         """Of requests that left while the token was on its way, the preempted ones take it still."""
@@ -279,4 +376,6 @@ class Scheduler:
         self._running.check_integrity(others)
         running = self._running.by_slot.values()
         self._tables.check_integrity(running)
+        for group in {r.group for r in running if r.group is not None}:
+            group.check_integrity()
         assert all(r.num_pending == pending[r] for r in (*running, *others)), "pending tokens are lost"

@@ -25,6 +25,7 @@ class SchedulerConfig:
 
     def check_fits(self, request: Request) -> None:
         """Raise RequestError if the request could not run even if it were alone."""
+        num_rows = len(request.together)
         size = f"prompt of {request.num_prompt_tokens} tokens + max_tokens {request.max_tokens}"
         num_tokens = request.num_prompt_tokens + request.max_tokens
         if num_tokens > self.max_model_len:
@@ -32,7 +33,14 @@ class SchedulerConfig:
                 f"{size} is {num_tokens}; max_model_len is {self.max_model_len}: "
                 "shorten the prompt or lower max_tokens"
             )
-        num_blocks = -(-(num_tokens - 1) // self.block_size)  # nothing reads the last token's KV
+        if num_rows > self.max_num_seqs:
+            raise RequestError(
+                f"beam_width is {num_rows}; max_num_seqs is {self.max_num_seqs} and beams run together: "
+                "lower beam_width or raise max_num_seqs"
+            )
+        # Nothing reads the last token's KV. Beams may come to share nothing.
+        num_blocks = num_rows * -(-(num_tokens - 1) // self.block_size)
+        size += f" of {num_rows} beams" if num_rows > 1 else ""
         if num_blocks > self.num_blocks:
             raise RequestError(
                 f"{size} needs {num_blocks} KV blocks of {self.block_size} tokens and there are "

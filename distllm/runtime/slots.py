@@ -85,7 +85,7 @@ class SlotTables:
             self._run(self._longs, row.slot, 0, longs.view(np.int32)),
             self._run(self._floats, row.slot, 0, floats.view(np.int32)),
             self._run(self.num_computed, row.slot, 0, [row.num_computed_tokens]),
-            self._run(self.token_ids, row.slot, 0, row.token_ids),
+            self._run(self.token_ids, row.slot, row.start, row.token_ids),
         ]
 
     def _run(self, table: torch.Tensor, slot: int, column: int, values: Sequence[int] | np.ndarray) -> _Run:

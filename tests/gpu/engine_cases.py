@@ -18,6 +18,7 @@ import torch
 from distllm.engine import resolve_model
 from distllm.engine.tokenizers import load_tokenizer
 from distllm.kernels.reference.sampling import gumbel_noise
+from tests.beam_cases import cases, reference
 from tests.checkpoints import greedy_reference, make_model
 
 NUM_TOKENS = 24
@@ -50,6 +51,15 @@ class TrainedCase:
     certain: list[list[int]]
 
 
+@dataclass(frozen=True)
+class BeamCase:
+    """For the same checkpoint: prompts, how each is searched, and the sequences found."""
+
+    prompts: list[list[int]]
+    params: list[dict[str, Any]]
+    sequences: list[list[list[int]]]
+
+
 EXPERTS: dict[str, Any] = {"num_local_experts": 16, "num_experts_per_tok": 3, "num_hidden_layers": 3}
 
 
@@ -64,6 +74,9 @@ def make_case(folder: Path, model_type: str = "llama", **options: Any) -> None:
     greedy = [greedy_reference(model, prompt, NUM_TOKENS) for prompt in prompts]
     seeded = {name: sampled_reference(model, needle, **params) for name, params in SEEDED.items()}
     save(folder, Case(prompts, greedy, needle, seeded))
+    searches = cases(24, seed=4, vocab_size=1031)
+    found = [[tokens for tokens, _ in reference(model, search)] for search in searches]
+    save(folder, BeamCase([prompt for prompt, _ in searches], [asdict(p) for _, p in searches], found))
 
 
 @torch.no_grad()
@@ -104,7 +117,7 @@ def make_trained_case(folder: Path) -> None:
     save(folder, case)
 
 
-def save(folder: Path, case: Case | TrainedCase) -> None:
+def save(folder: Path, case: Case | TrainedCase | BeamCase) -> None:
     (folder / f"{type(case).__name__}.json").write_text(json.dumps(asdict(case)))
 
 
@@ -114,3 +127,7 @@ def load_case(folder: Path) -> Case:
 
 def load_trained_case(folder: Path) -> TrainedCase:
     return TrainedCase(**json.loads((folder / "TrainedCase.json").read_text()))
+
+
+def load_beam_case(folder: Path) -> BeamCase:
+    return BeamCase(**json.loads((folder / "BeamCase.json").read_text()))

@@ -45,7 +45,7 @@ plans = st.builds(
     step=st.integers(0, 2**62),
     decode_slots=st.sets(ids | st.integers(0, 9)).map(sorted),
     prefills=st.lists(st.builds(PrefillRow, ids, st.integers(1, 3), st.booleans(), ids)),
-    new_rows=st.lists(st.builds(RowInit, ids, tuples_of_ids, ids, ids, samplings), max_size=4),
+    new_rows=st.lists(st.builds(RowInit, ids, tuples_of_ids, ids, ids, samplings, ids), max_size=4),
     block_updates=st.lists(st.builds(BlockUpdate, ids, ids, tuples_of_ids), max_size=4),
     block_copies=st.lists(st.tuples(ids, ids), max_size=4),
 )

@@ -3,7 +3,7 @@
 The device keeps slot rows and KV blocks as the real one does. The KV of a position is the prefix of tokens
 that it was computed from: a shared writable block, a missing copy, an early reuse or a wrong cache hit
 shows when a row reads its table. The next token is a function of prefix and seed, so that every output has
-a reference.
+a reference. Beam searches find what the same search finds without a scheduler.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -24,7 +25,11 @@ from hypothesis.stateful import (
 )
 
 from distllm.errors import RequestError
-from distllm.runtime.plan import PrefillRow, RowSampling, StepPlan, StepResult
+from distllm.runtime.beam_group import BeamGroup
+from distllm.runtime.beam_search import BeamSearch
+from distllm.runtime.beam_search_params import BeamSearchParams
+from distllm.runtime.block_manager import extend_digests
+from distllm.runtime.plan import PrefillRow, RowInit, RowSampling, StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.plan_codec import decode_message, encode
 from distllm.runtime.request import Request
 from distllm.runtime.scheduler import AcceptedToken, Scheduler, SchedulerConfig
@@ -43,6 +48,25 @@ SEEN: Counter[str] = Counter()  # what the whole run met; a machine that never p
 
 def next_token(prefix: tuple[int, ...], seed: int) -> int:
     return zlib.crc32(bytes((seed % 251, *prefix))) % VOCAB_SIZE
+
+
+def logprobs(prefix: tuple[int, ...]) -> TokenLogprobs:
+    """Of every token, by a hash: the beams of a search often branch, and often end."""
+    values = {token: -(zlib.crc32(bytes((token, *prefix))) % 10007) / 1000 for token in range(VOCAB_SIZE)}
+    best = sorted(values, key=lambda token: -values[token])
+    return TokenLogprobs(values[0], 1, tuple(best), tuple(values[token] for token in best))
+
+
+def reference_search(params: BeamSearchParams, prompt: tuple[int, ...]) -> BeamSearch:
+    search = new_search(params)
+    rows: list[tuple[int, ...]] = [prompt]
+    while children := search.advance([logprobs(row) for row in rows]):
+        rows = [(*rows[child.parent], child.token_id) for child in children]
+    return search
+
+
+def new_search(params: BeamSearchParams) -> BeamSearch:
+    return BeamSearch(params, params.max_tokens, [STOP_TOKEN])
 
 
 def reference_output(request: Request) -> list[int]:
@@ -90,7 +114,9 @@ class Device:
             self.rows[row.slot].num_computed += row.num_tokens
 
     def result(self, step: int) -> StepResult:
-        return StepResult(step, [token for *_, token in self.sampled.get(step, [])])
+        sampled = self.sampled.get(step, [])
+        prefixes = [tuple(row.token_ids[p] for p in range(at)) for row, _, at, _ in sampled]
+        return StepResult(step, [token for *_, token in sampled], [logprobs(prefix) for prefix in prefixes])
 
     def _receive(self, step: int) -> None:
         for row, slot, position, token in self.sampled.get(step, []):
@@ -99,14 +125,24 @@ class Device:
 
     def _apply(self, plan: StepPlan) -> None:
         for init in plan.new_rows:
-            tokens = dict(enumerate(init.token_ids))
-            self.rows[init.slot] = Row(init.sampling.seed, tokens, init.num_computed_tokens)
+            self.rows[init.slot] = self._init_row(init)
         for update in plan.block_updates:
-            assert update.start == len(self.rows[update.slot].table), "blocks are appended"
-            self.rows[update.slot].table += update.block_ids
+            table = self.rows[update.slot].table
+            assert update.start <= len(table), "a gap in a block table"
+            table[update.start :] = update.block_ids
+        destinations = {dst for _, dst in plan.block_copies}
+        assert len(destinations) == len(plan.block_copies), "a block is copied to twice"
+        assert destinations.isdisjoint(src for src, _ in plan.block_copies), "a copy of a copy"
         for src, dst in plan.block_copies:
             for offset in range(self.config.block_size):
                 self.kv[dst, offset] = self.kv.get((src, offset), ())
+
+    def _init_row(self, init: RowInit) -> Row:
+        """A new one; or a beam's, which keeps its first tokens, and its blocks until they are changed."""
+        old = self.rows[init.slot] if init.start else Row(0, {}, 0)
+        kept = {position: old.token_ids[position] for position in range(init.start)}
+        tokens = kept | dict(enumerate(init.token_ids, start=init.start))
+        return Row(init.sampling.seed, tokens, init.num_computed_tokens, old.table)
 
     def _place(self, row: Row, position: int) -> tuple[int, int]:
         index, offset = divmod(position, self.config.block_size)
@@ -167,6 +203,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.config)
         self.device = Device(self.config)
         self.expected: dict[Request, Expectation] = {}
+        self.searches: list[
+            tuple[list[Request], BeamSearch, BeamSearch]
+        ] = []  # what it finds, what it should
 
     @rule(
         base=st.sampled_from(BASES),
@@ -207,9 +246,40 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.expected[request] = Expectation(request, stop_after)
             leader = leader or request
 
+    @rule(
+        base=st.sampled_from(BASES),
+        length=st.integers(1, 16),
+        max_tokens=st.integers(1, 12),
+        priority=st.integers(0, 2),
+        beam_width=st.sampled_from([1, 2, 3, 3]),
+        length_penalty=st.sampled_from([-1.0, 0.0, 1.0, 2.0]),
+        early_stopping=st.sampled_from([True, False, "never"]),
+        ignore_eos=st.booleans(),
+    )
+    def add_beams(self, base: list[int], length: int, priority: int, **fields: Any) -> None:
+        search = new_search(params := BeamSearchParams(**fields))
+        prompt = tuple(base[:length])
+        requests = [
+            Request(
+                "beam", prompt, params.max_tokens, RowSampling(num_logprobs=VOCAB_SIZE), priority=priority
+            )
+            for _ in range(params.beam_width)
+        ]
+        BeamGroup(requests, search)
+        if not self._fits(requests[0]):
+            with pytest.raises(RequestError):
+                self.scheduler.add(requests[0])
+            return
+        for request in requests:
+            self.scheduler.add(request)
+        self.searches.append((requests, search, reference_search(params, prompt)))
+
     def _fits(self, request: Request) -> bool:
-        capacity = self.config.num_blocks * self.config.block_size
-        return request.num_prompt_tokens + request.max_tokens <= min(40, capacity + 1)
+        num_rows, num_tokens = len(request.together), request.num_prompt_tokens + request.max_tokens
+        num_blocks = num_rows * -(-(num_tokens - 1) // self.config.block_size)
+        return (
+            num_tokens <= 40 and num_blocks <= self.config.num_blocks and num_rows <= self.config.max_num_seqs
+        )
 
     @rule(count=st.integers(1, 6))
     def run_steps(self, count: int) -> None:
@@ -223,10 +293,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         expectation.aborted |= expectation.request.finish_reason is None
         self.scheduler.abort(expectation.request)
 
+    @precondition(lambda self: self.searches)
+    @rule(data=st.data())
+    def abort_beams(self, data: st.DataObject) -> None:
+        requests, *_ = data.draw(st.sampled_from(self.searches))
+        self.scheduler.abort(data.draw(st.sampled_from(requests)))
+
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        """Whoever it is, as if another one needed a block."""
+        if running := list(self.scheduler._running.by_slot.values()):
+            self.scheduler._preempt(data.draw(st.sampled_from(running)))
+            self.scheduler.check_integrity()
+
     def step(self) -> None:
         preempted = {r for r in self.expected if r.status.value == "preempted"}
+        preempted_beams = self._preempted_beams()
         plan = self.scheduler.schedule()
         self._check_limits(plan)
+        self._check_digests()
         for r in self.expected:
             assert r.num_planned_tokens <= r.num_prompt_tokens + r.max_tokens, "a token that cannot be kept"
         SEEN["steps"] += plan.num_rows > 0
@@ -235,10 +320,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         SEEN["cached"] += sum(init.num_computed_tokens > 0 for init in plan.new_rows)
         SEEN["chunks"] += sum(not row.samples for row in plan.prefills)
         SEEN["preempted"] += sum(r.status.value == "preempted" and r not in preempted for r in self.expected)
+        SEEN["preempted beams"] += len(self._preempted_beams() - preempted_beams)
+        SEEN["branched"] += sum(init.start > 0 for init in plan.new_rows)
         self.device.run(decode_message(encode(plan)))  # type: ignore[arg-type]
         for token in self.scheduler.update(self.device.result(plan.step - self.config.depth)):
             self._receive(token)
         self.scheduler.check_integrity()
+
+    def _check_digests(self) -> None:
+        for request in self.scheduler._running.by_slot.values():
+            digests: list[bytes] = []
+            extend_digests(digests, request.token_ids, self.config.block_size)
+            assert request.block_digests == digests[: len(request.block_digests)], "digests of other tokens"
+
+    def _preempted_beams(self) -> set[Request]:
+        return {r for requests, *_ in self.searches for r in requests if r.status.value == "preempted"}
 
     def _check_limits(self, plan: StepPlan) -> None:
         assert plan.num_tokens <= self.config.max_num_batched_tokens
@@ -263,12 +359,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Whatever came in ends, as it would have alone; then nothing is held."""
         if not hasattr(self, "scheduler"):
             return
-        deadline = self.scheduler.step + 40 * (self.config.depth + 1) * (len(self.expected) + 1)
+        count = len(self.expected) + sum(len(requests) for requests, *_ in self.searches) + 1
+        deadline = self.scheduler.step + 40 * (self.config.depth + 1) * count
         while self.scheduler.has_unfinished or self.scheduler.has_outstanding:
             self.step()
             assert self.scheduler.step < deadline, "no end in sight"
         for expectation in self.expected.values():
             expectation.check()
+        for requests, search, reference in self.searches:
+            reasons = {request.finish_reason for request in requests}
+            assert reasons == {"abort"} or (
+                reasons == {"stop"} and search.hypotheses == reference.hypotheses
+            ), f"{reasons}: {search.hypotheses} instead of {reference.hypotheses}"
+            SEEN["searches"] += reasons == {"stop"}
         assert self.scheduler._tables.blocks.num_used == 0
         assert len(self.scheduler._running.free_slots) == self.config.max_num_seqs
 
@@ -279,7 +382,7 @@ def test_scheduler_machine() -> None:
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
-            max_examples=450,
+            max_examples=600,
             phases=[Phase.generate],  # add Phase.shrink to see a failure in few rules; it takes minutes
             stateful_step_count=40,
             derandomize=True,
@@ -290,5 +393,6 @@ def test_scheduler_machine() -> None:
     )
     print(dict(SEEN))
     assert SEEN["steps"] >= MIN_STEPS
-    for event in ("copies", "cached", "chunks", "preempted"):
+    for event in ("copies", "cached", "chunks", "preempted", "branched", "searches"):
         assert SEEN[event] >= 200, f"only {SEEN[event]} {event}"
+    assert SEEN["preempted beams"] >= 50

@@ -18,10 +18,11 @@ def random_plan(rng: random.Random, step: int) -> StepPlan:
     plan = StepPlan(step)
     for slot in rng.sample(range(SLOTS), rng.randrange(3)):
         token_ids = tuple(rng.randrange(2**31) for _ in range(rng.randrange(1, LENGTH + 1)))
+        start = rng.randrange(LENGTH + 1 - len(token_ids))
         sampling = RowSampling(
             rng.random(), rng.randrange(9), rng.random(), rng.random(), rng.randrange(-(2**63), 2**63)
         )
-        plan.new_rows.append(RowInit(slot, token_ids, rng.randrange(1, 9), rng.randrange(9), sampling))
+        plan.new_rows.append(RowInit(slot, token_ids, rng.randrange(1, 9), rng.randrange(9), sampling, start))
     for slot in rng.sample(range(SLOTS), rng.randrange(4)):
         start = rng.randrange(WIDTH)
         block_ids = tuple(rng.randrange(99) for _ in range(rng.randrange(1, WIDTH - start + 1)))
@@ -40,7 +41,7 @@ def test_plans_change_the_rows_they_name_and_nothing_else() -> None:
         plan = random_plan(rng, step)
         tables.apply(plan)
         for row in plan.new_rows:
-            token_ids[row.slot, : len(row.token_ids)] = row.token_ids
+            token_ids[row.slot, row.start : row.start + len(row.token_ids)] = row.token_ids
             computed[row.slot] = row.num_computed_tokens
             rows[row.slot] = row
         for update in plan.block_updates:
