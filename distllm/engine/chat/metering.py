@@ -68,11 +68,10 @@ class Metering(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        is_slice = isinstance(node.arg, nodes.Slice)
-        if is_slice:
+        if isinstance(node.arg, nodes.Slice):
             node.node = self._call("shallow", node.node)
-        else:  # a key that is a tuple is hashed, all of it
-            node.arg = node.arg if isinstance(node.arg, nodes.Const) else self._call("whole", node.arg)
+        elif not isinstance(node.arg, nodes.Const):  # a key that is a tuple is hashed, all of it
+            node.arg = self._call("whole", node.arg)
         return node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:

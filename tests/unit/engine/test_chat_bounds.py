@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +193,22 @@ def test_a_long_chat_is_within_the_budget(template: str, tmp_path: Path) -> None
     assert sent[0].count("x" * 1000) == 2000
 
 
+def test_each_thread_has_its_own_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MAX_STEPS", SMALL_BUDGET)
+    chat = chat_of(tmp_path, "{% for m in messages %}{{ m.content ~ m.content }}{% endfor %}")
+    cheap, dear = [say("user", "x" * 1000)] * 9, [say("user", "x" * 100000)] * 9
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(render, chat, messages) for messages in [cheap, dear] * 9]
+    for job in jobs[::2]:
+        assert len(job.result().text) == 18000
+    for job in jobs[1::2]:
+        assert isinstance(job.exception(), RequestError)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["loops", "recursive loops", "macros", "~", "list", "nested ~"])
 def test_with_the_whole_budget(name: str, tmp_path: Path) -> None:
     began = time.process_time()
     with pytest.raises(RequestError, match=f"takes more than {budget.MAX_STEPS} steps"):
-        render(chat_of(tmp_path, BOMBS[name] * (30 if name == "list" else 1)), [HELLO])
+        render(chat_of(tmp_path, BOMBS[name] * (99 if name == "list" else 1)), [HELLO])
     assert time.process_time() - began < 30
