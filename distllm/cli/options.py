@@ -71,14 +71,30 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         [
             _option("--max-tokens", 128, int, "Tokens to generate at most."),
             _option(
-                "--temperature", None, float, "0 is greedy; these four default to the model's own choice."
+                "--temperature", None, float, "0 is greedy; these five default to the model's own choice."
             ),
             _option("--top-p", None, float, "Sample from the likeliest with this probability."),
             _option("--top-k", None, int, "Sample from so many likeliest tokens; 0 is all."),
             _option("--min-p", None, float, "Drop tokens below this share of the likeliest."),
+            _option("--repetition-penalty", None, float, "Above 1: fewer tokens of prompt and output again."),
+            _option("--presence-penalty", SamplingParams.presence_penalty, float, "Of tokens in the output."),
+            _option(
+                "--frequency-penalty", SamplingParams.frequency_penalty, float, "The same for each time."
+            ),
+            _option(
+                "--typical-p", SamplingParams.typical_p, float, "Sample from the typical with this mass."
+            ),
+            _option(
+                "--no-repeat-ngram-size",
+                SamplingParams.no_repeat_ngram_size,
+                int,
+                "So many tokens never come twice in that order.",
+            ),
+            click.option("--bad-words", multiple=True, help="A text never to write; repeat for several."),
             _option("--n", SamplingParams.n, int, "Continuations of each prompt."),
             click.option("--stop", multiple=True, help="End before this text; repeat for several."),
             click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token."),
             _option("--logprobs", None, int, "Report so many likeliest tokens at each position."),
+            _option("--prompt-logprobs", None, int, "The same at each position of the prompt."),
         ],
     )

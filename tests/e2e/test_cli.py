@@ -6,11 +6,12 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from distllm import __version__
+from distllm import LLM, SamplingParams, __version__
 from tests import launchers
 from tests.command import GREEDY, distllm, generate_ids
 
@@ -55,6 +56,19 @@ def test_text_is_printed_after_its_prompt() -> None:
     for options in ([], ["--stream"]):
         done = distllm("generate", "demo", "--prompt", "Once upon a time", *GREEDY, *options)
         assert done.stdout.startswith("Once upon a time") and len(done.stdout) > 20, done.stderr
+
+
+def test_options_are_those_of_sampling_params() -> None:
+    fields = {
+        "temperature": 0.9, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "typical_p": 0.9,
+        "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25, "no_repeat_ngram_size": 2, "logprobs": 1,
+        "prompt_logprobs": 1, "max_tokens": 12,
+    }  # fmt: skip
+    options = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
+    done = distllm("generate", "demo", "--prompt", "Once upon", *options, "--bad-words", "little", "--json")
+    with LLM("demo") as llm:
+        (wanted,) = llm.generate("Once upon", SamplingParams(bad_words=["little"], **fields))
+    assert json.loads(done.stdout) == json.loads(json.dumps(asdict(wanted)))
 
 
 def test_same_seed_same_text_but_not_for_every_prompt(tiny: Path) -> None:
