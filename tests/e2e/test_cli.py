@@ -61,8 +61,8 @@ def test_text_is_printed_after_its_prompt() -> None:
 def test_options_are_those_of_sampling_params() -> None:
     fields = {
         "temperature": 0.9, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "typical_p": 0.9,
-        "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25, "no_repeat_ngram_size": 2, "logprobs": 1,
-        "prompt_logprobs": 1, "max_tokens": 12,
+        "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25,
+        "no_repeat_ngram_size": 2, "logprobs": 1, "prompt_logprobs": 1, "max_tokens": 12,
     }  # fmt: skip
     options = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
     done = distllm("generate", "demo", "--prompt", "Once upon", *options, "--bad-words", "little", "--json")
