@@ -75,10 +75,14 @@ def generate(
 def check_usage(
     prompts: Sequence[str], prompt_token_ids: Sequence[object], streams_text: bool, n: int
 ) -> None:
-    if bool(prompts) == bool(prompt_token_ids):
-        raise click.UsageError("give --prompt or --prompt-token-ids, at least once, and not both")
+    check_prompts(prompts, prompt_token_ids)
     if streams_text and (prompt_token_ids or len(prompts) * n > 1):
         raise click.UsageError("--stream prints the text of one prompt; for anything else add --json")
+
+
+def check_prompts(prompts: Sequence[str], prompt_token_ids: Sequence[object]) -> None:
+    if bool(prompts) == bool(prompt_token_ids):
+        raise click.UsageError("give --prompt or --prompt-token-ids, at least once, and not both")
 
 
 def print_stream(llm: LLM, prompts: Any, sampling: SamplingParams, as_json: bool) -> None:

@@ -13,6 +13,7 @@ import click
 
 from distllm import __version__, env
 from distllm.cli import logs
+from distllm.cli.beam_search import beam_search
 from distllm.cli.bench import bench
 from distllm.cli.build import build
 from distllm.cli.env import show_env
@@ -38,7 +39,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (generate, build, plan, models, bench, show_env):
+for command in (generate, beam_search, build, plan, models, bench, show_env):
     cli.add_command(command)
 
 

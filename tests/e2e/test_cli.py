@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from distllm import LLM, SamplingParams, __version__
+from distllm import LLM, BeamSearchParams, SamplingParams, __version__
 from tests import launchers
-from tests.command import GREEDY, distllm, generate_ids
+from tests.command import GREEDY, check_refused, distllm, generate_ids
 
 
 def test_version() -> None:
@@ -69,6 +69,21 @@ def test_options_are_those_of_sampling_params() -> None:
     with LLM("demo") as llm:
         (wanted,) = llm.generate("Once upon", SamplingParams(bad_words=["little"], **fields))
     assert json.loads(done.stdout) == json.loads(json.dumps(asdict(wanted)))
+
+
+def test_beam_search(tiny: Path) -> None:
+    asked = ("--prompt-token-ids", "5,6,7", "--beam-width", 3, "--max-tokens", 6, "--early-stopping", "never")
+    done = distllm("beam-search", tiny, *asked, "--n", 2, "--length-penalty", 0.5, "--json")
+    params = BeamSearchParams(beam_width=3, max_tokens=6, n=2, length_penalty=0.5, early_stopping="never")
+    with LLM(str(tiny)) as llm:
+        (wanted,) = llm.beam_search([5, 6, 7], params)
+    assert json.loads(done.stdout) == asdict(wanted)
+    best = ",".join(map(str, wanted.sequences[0].tokens))
+    assert distllm("beam-search", tiny, *asked, "--length-penalty", 0.5).stdout == best + "\n"
+    text = distllm("beam-search", "demo", "--prompt", "Once upon", "--max-tokens", 4).stdout
+    assert text.startswith("Once upon") and len(text) > 12
+    check_refused(distllm("beam-search", tiny, *asked[:2], "--beam-width", 33), "beam_width is 33", "32")
+    check_refused(distllm("beam-search", tiny), "--prompt or --prompt-token-ids")
 
 
 def test_same_seed_same_text_but_not_for_every_prompt(tiny: Path) -> None:
