@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from tests.checkpoints import Tensors
 
@@ -88,6 +87,8 @@ def normalize_head(model: Any) -> None:
 
 def put_alibi_for_rope(model: Any) -> None:
     """At position 0 rope turns nothing; a mask of numbers brings the bias, from Bloom's of each position."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
     heads = model.config.num_attention_heads
 
     def bias(module: Any, args: tuple[torch.Tensor], kwargs: dict[str, Any]) -> Any:
