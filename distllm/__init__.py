@@ -28,7 +28,6 @@ from distllm.runtime.outputs import (
     ScoreOutput,
 )
 from distllm.runtime.sampling_params import SamplingParams
-from distllm.runtime.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from distllm.runtime.llm import LLM
@@ -53,7 +52,6 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
-    "StructuredOutputsParams",
     "UserError",
 ]
 

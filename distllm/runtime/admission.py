@@ -16,7 +16,6 @@ from distllm.runtime.beam_generation import BeamGeneration
 from distllm.runtime.beam_search import count_candidates
 from distllm.runtime.beam_search_params import BeamSearchParams
 from distllm.runtime.generation import Generation
-from distllm.runtime.guides import Guides
 from distllm.runtime.logit_controls import NO_CONTROLS, LogitControls
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.request import Request
@@ -60,7 +59,6 @@ class Admission:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos = tuple(eos_token_ids)
-        self._guides = Guides(tokenizer, vocab_size, self._eos)
         self._random = random.Random(seed)
         self._count = 0
 
@@ -143,8 +141,6 @@ class Admission:
         stops = frozenset([*(() if params.ignore_eos else self._eos), *(params.stop_token_ids or ())])
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         controls = self._controls(params)
-        wanted = params.structured_outputs
-        guide = None if wanted is None else self._guides.make(wanted)
         requests: list[Request] = []
         for index in range(params.n):
             requests.append(
@@ -157,7 +153,6 @@ class Admission:
                     priority=priority,
                     fork_from=requests[0] if requests else None,
                     index=index,
-                    guide=guide if guide is None or index == 0 else guide.copy(),
                 )
             )
         return requests
@@ -185,7 +180,6 @@ class Admission:
             stop_token_ids=tuple(forbidden),
             typical_p=1.0 if params.temperature < GREEDY_BELOW else float(params.typical_p),
             controls=controls,
-            is_guided=params.structured_outputs is not None,
         )
 
     def _num_logprobs(self, asked: int | None) -> int:

@@ -187,7 +187,7 @@ class ModelRunner:
             self._send_hidden(result.clone())
             self._expect(replace(rows, positions=rows.positions.clone()))
         elif output.token_ids is None or self._tables.special_rows(slots):
-            self._pass_on(rows, self._sampler.sample(result, slots, rows.positions, plan.masks))
+            self._pass_on(rows, self._sampler.sample(result, slots, rows.positions))
         elif self._layout.is_first_stage:  # the tokens are in the tables
             self._keep_result(rows, Sampled(output.token_ids[: len(slots)]))
         else:
@@ -223,7 +223,7 @@ class ModelRunner:
             return
         last_tokens = batch.cu_seqlens_q[1:][index].long() - 1
         shard = self._decoder.head(hidden[last_tokens])
-        sampled = self._sampler.sample(shard, rows.slots, rows.positions, plan.masks)
+        sampled = self._sampler.sample(shard, rows.slots, rows.positions)
         self._pass_on(rows, replace(sampled, scores=scores))
 
     def _score(self, plan: StepPlan, batch: TokenBatch, hidden: torch.Tensor, num_top: int) -> Logprobs:

@@ -27,7 +27,6 @@ class RowSampling:
     stop_token_ids: tuple[int, ...] = ()
     typical_p: float = 1.0  # 1 keeps all
     num_prompt_logprobs: int = -1  # as num_logprobs, of the prompt's own tokens
-    is_guided: bool = False  # each plan in which it samples has a mask for it
     controls: LogitControls | None = None
 
     @property
@@ -38,7 +37,7 @@ class RowSampling:
     @property
     def is_plain(self) -> bool:
         """Greedy or tempered, and nothing more: what a captured step can sample."""
-        changed = self.truncates or self.typical_p < 1 or self.controls is not None or self.is_guided
+        changed = self.truncates or self.typical_p < 1 or self.controls is not None
         return not changed and self.num_logprobs < 0 and self.min_tokens == 0
 
 
@@ -91,8 +90,6 @@ class StepPlan:
     new_rows: list[RowInit] = field(default_factory=list)
     block_updates: list[BlockUpdate] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (src, dst) block ids
-    # Of slots that sample: a bit for each token that may come, lowest first, in whole 32-bit words.
-    masks: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

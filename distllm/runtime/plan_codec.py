@@ -21,7 +21,7 @@ from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, 
 
 Words = npt.NDArray[np.int32]
 
-FORMAT = 0x444C0004  # "DL", then the version of this layout
+FORMAT = 0x444C0003  # "DL", then the version of this layout
 _STEP, _END, _ERROR = 1, 2, 3
 _HEADER_WORDS = 3
 _SAMPLING = struct.Struct("<qdddd")  # seed, temperature, top_p, min_p, typical_p
@@ -45,7 +45,7 @@ def encode(plan: StepPlan) -> Words:
     """The plan as one message. Inverse of decode_message."""
     ranges = _slot_ranges(plan.decode_slots)
     words = [*_words(struct.pack("<q", plan.step)), len(plan.new_rows), len(plan.block_updates)]
-    words += [len(plan.block_copies), len(ranges), len(plan.prefills), len(plan.masks)]
+    words += [len(plan.block_copies), len(ranges), len(plan.prefills)]
     for init in plan.new_rows:
         words += _encode_row_init(init)
     for update in plan.block_updates:
@@ -54,8 +54,7 @@ def encode(plan: StepPlan) -> Words:
         words += pair
     for row in plan.prefills:
         words += [row.slot, row.num_tokens, int(row.samples), row.num_scored]
-    masks = np.frombuffer(b"".join(plan.masks.values()), dtype="<i4")
-    return _message(_STEP, words + list(plan.masks), masks)
+    return _message(_STEP, words)
 
 
 def encode_end() -> Words:
@@ -72,7 +71,7 @@ def decode_message(array: Words) -> StepPlan | End | Error:
     assert array.dtype == np.int32 and array.ndim == 1, (
         f"a message is 1-D int32, not {array.ndim}-D {array.dtype}"
     )
-    reader = _Reader(array)
+    reader = _Reader(array.tolist())
     kind = reader.check_header()
     if kind not in _DECODERS:
         raise DistllmError(f"control message of unknown kind {kind}")
@@ -84,7 +83,7 @@ def decode_message(array: Words) -> StepPlan | End | Error:
 class _Reader:
     """Takes words off the front of a message; every read checks that they are there."""
 
-    def __init__(self, words: Words) -> None:
+    def __init__(self, words: list[int]) -> None:
         self.words, self.position = words, 0
 
     def take(self, count: int) -> list[int]:
@@ -93,12 +92,7 @@ class _Reader:
             raise DistllmError(
                 f"control message is damaged: {count} words wanted at word {start} of {len(self.words)}"
             )
-        taken: list[int] = self.words[start : self.position].tolist()
-        return taken
-
-    def take_rest(self) -> Words:
-        start, self.position = self.position, len(self.words)
-        return self.words[start:]
+        return self.words[start : self.position]
 
     def take_list(self) -> tuple[int, ...]:
         return tuple(self.take(*self.take(1)))
@@ -129,7 +123,7 @@ class _Reader:
 
 def _decode_step(reader: _Reader) -> StepPlan:
     (step,) = struct.unpack("<q", _bytes(reader.take(2)))
-    num_new, num_updates, num_copies, num_ranges, num_prefills, num_masks = reader.take(6)
+    num_new, num_updates, num_copies, num_ranges, num_prefills = reader.take(5)
     plan = StepPlan(step)
     plan.new_rows = [_decode_row_init(reader) for _ in range(num_new)]
     plan.block_updates = [_decode_block_update(reader) for _ in range(num_updates)]
@@ -137,10 +131,6 @@ def _decode_step(reader: _Reader) -> StepPlan:
     for start, count in [_decode_pair(reader) for _ in range(num_ranges)]:
         plan.decode_slots += range(start, start + count)
     plan.prefills = [_decode_prefill(reader) for _ in range(num_prefills)]
-    slots = reader.take(num_masks)
-    if slots:
-        masks = reader.take_rest().reshape(num_masks, -1)
-        plan.masks = {slot: mask.tobytes() for slot, mask in zip(slots, masks, strict=True)}
     return plan
 
 
@@ -170,7 +160,6 @@ def _encode_row_init(init: RowInit) -> list[int]:
         *_list(init.token_ids),
         *_words(packed),
         *(sampling.top_k, sampling.num_logprobs, sampling.min_tokens, sampling.num_prompt_logprobs),
-        sampling.is_guided,
         *_list(sampling.stop_token_ids),
         *([0] if sampling.controls is None else [1, *_encode_controls(sampling.controls)]),
     ]
@@ -202,12 +191,12 @@ def _decode_row_init(reader: _Reader) -> RowInit:
 
 def _decode_sampling(reader: _Reader) -> RowSampling:
     seed, temperature, top_p, min_p, typical_p = reader.unpack(_SAMPLING)
-    top_k, num_logprobs, min_tokens, num_prompt_logprobs, is_guided = reader.take(5)
+    top_k, num_logprobs, min_tokens, num_prompt_logprobs = reader.take(4)
     stops = reader.take_list()
     controls = _decode_controls(reader) if reader.take(1)[0] else None
     return RowSampling(
         temperature, top_k, top_p, min_p, seed, num_logprobs, min_tokens, stops, typical_p,
-        num_prompt_logprobs, bool(is_guided), controls,
+        num_prompt_logprobs, controls,
     )  # fmt: skip
 
 
@@ -243,11 +232,8 @@ def _slot_ranges(slots: Sequence[int]) -> list[tuple[int, int]]:
     return [(slots[i], j - i) for i, j in pairwise([*starts, len(slots)])]
 
 
-def _message(kind: int, body: list[int], tail: Words | None = None) -> Words:
-    """tail: what is too long for Python's integers."""
-    tail = np.empty(0, np.int32) if tail is None else tail
-    head = np.array([FORMAT, kind, _HEADER_WORDS + len(body) + len(tail), *body], dtype=np.int32)
-    return np.concatenate([head, tail]) if len(tail) else head
+def _message(kind: int, body: list[int]) -> Words:
+    return np.array([FORMAT, kind, _HEADER_WORDS + len(body), *body], dtype=np.int32)
 
 
 def _words(data: bytes) -> list[int]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from distllm.runtime.guides import Guide
 from distllm.runtime.plan import RowSampling
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ class Request:
     sampling: RowSampling
     stop_token_ids: frozenset[int] = frozenset()  # end generation when sampled (eos included unless ignored)
     priority: int = 0  # smaller runs first
-    guide: Guide | None = None  # what the answer must look like
     fork_from: Request | None = None  # share this one's prompt blocks once they are computed
     index: int = 0  # among the n samples of one prompt
     group: BeamGroup | None = None  # the beam search that it is a row of
@@ -98,10 +96,8 @@ class Request:
 
     @property
     def wants_tokens(self) -> bool:
-        """Whether one more sampled token could be kept: finish by length is foreseen by counting. What is
-        guided waits until its newest token is known."""
-        is_known = self.guide is None or self.num_pending == 0
-        return is_known and self.num_planned_tokens < self.max_total_tokens
+        """Whether one more sampled token could be kept: finish by length is foreseen by counting."""
+        return self.num_planned_tokens < self.max_total_tokens
 
     @property
     def together(self) -> Sequence[Request]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from distllm.kernels import keep_typical, lowest_kept, sample_tokens, token_logprobs
@@ -34,11 +33,8 @@ class Sampler:
         self._processors = processors
         self._controlled: ControlledRows | None = None  # of the last batch that had some
 
-    def sample(
-        self, shard: torch.Tensor, slots: list[int], positions: torch.Tensor, masks: Mapping[int, bytes]
-    ) -> Sampled:
+    def sample(self, shard: torch.Tensor, slots: list[int], positions: torch.Tensor) -> Sampled:
         """One token for each row of the head's logits; positions [n] int64 are those of the new tokens.
-        masks: of the plan.
 
         Collective: one all_gather by every rank of tp.
         """
@@ -48,8 +44,7 @@ class Sampler:
         rows = [self._tables.sampling[slot] for slot in slots]
         logits, parameters = self._head.gather(shard), self._tables.parameters(index)
         history = History(self._tables.token_ids, index, positions, parameters["num_prompt"])
-        allowed = _masked(self._control(logits, rows, history), slots, masks)
-        token_ids = _choose(allowed, rows, positions, parameters)
+        token_ids = _choose(self._control(logits, rows, history), rows, positions, parameters)
         num_top = num_top_logprobs(rows)
         return Sampled(token_ids, _logprobs(logits, token_ids, num_top) if num_top >= 0 else None)
 
@@ -78,20 +73,6 @@ class Sampler:
         if self._controlled is None or not self._controlled.serves(controls):
             self._controlled = ControlledRows(controls, self._processors, logits.device)
         return self._controlled.apply(logits, history)
-
-
-def _masked(logits: torch.Tensor, slots: list[int], masks: Mapping[int, bytes]) -> torch.Tensor:
-    """−inf where the bit of a row's mask is 0; rows without one are not touched, the input is kept."""
-    rows = [row for row, slot in enumerate(slots) if slot in masks]
-    if not rows:
-        return logits
-    packed = bytearray().join(masks[slots[row]] for row in rows)
-    words = np.frombuffer(packed, dtype="<i4").reshape(len(rows), -1)
-    bits = to_device(words, torch.int32, logits.device)
-    index = to_device(rows, torch.int64, logits.device)
-    places = torch.arange(32, dtype=torch.int32, device=logits.device)
-    allowed = ((bits[:, :, None] >> places) & 1).flatten(1)[:, : logits.shape[1]].bool()
-    return logits.index_copy(0, index, logits[index].masked_fill(~allowed, -torch.inf))
 
 
 def _choose(

@@ -17,7 +17,6 @@ from distllm.runtime.bounds import (
     check_list,
     check_text,
 )
-from distllm.runtime.structured_outputs import StructuredOutputsParams
 
 MAX_N = 64
 MAX_TEMPERATURE = 100.0
@@ -61,7 +60,6 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None  # nothing else is sampled
     bad_words: Sequence[str] | None = None  # never sampled, whatever their tokens
     no_repeat_ngram_size: int = 0  # so many tokens never come twice in the same order, the prompt included
-    structured_outputs: StructuredOutputsParams | None = None
     logits_processors: Sequence[str] | None = None  # names of the LLM's, in the order of application
     seed: int | None = None  # None: drawn from the engine's seed
     max_tokens: int | None = 16  # None: until max_model_len
@@ -92,8 +90,6 @@ class SamplingParams:
                 check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
             check_bool(name, getattr(self, name))
-        if self.structured_outputs is not None:
-            self._check_structured()
         self._check_lengths()
         self._check_stops()
 
@@ -114,17 +110,6 @@ class SamplingParams:
                 check_list(name, texts, limit)
                 for index, text in enumerate(texts):
                     check_text(f"{name}[{index}]", text, MAX_BAD_WORD_CHARS)
-
-    def _check_structured(self) -> None:
-        """What would keep an answer from ending where its structure does is refused."""
-        if not isinstance(self.structured_outputs, StructuredOutputsParams):
-            text = shorten(self.structured_outputs)
-            raise RequestError(f"structured_outputs is {text}; it must be StructuredOutputsParams")
-        for name, off in (("min_tokens", 0), ("ignore_eos", False)):
-            if getattr(self, name) != off:
-                raise RequestError(
-                    f"{name} is {getattr(self, name)}; with structured_outputs it must be {off}"
-                )
 
     def _check_bias(self) -> None:
         if self.logit_bias is None:

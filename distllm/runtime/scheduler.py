@@ -14,7 +14,6 @@ from itertools import islice
 
 from distllm.runtime.beam_group import BeamGroup, common_length
 from distllm.runtime.block_tables import BlockTables
-from distllm.runtime.guides import Guide
 from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.request import Request, RequestStatus
 from distllm.runtime.running import BY_ORDER, BY_SLOT, Running
@@ -99,7 +98,6 @@ class Scheduler:
         budget = self._schedule_prefills(plan, budget)
         self._admit_waiting(plan, budget)
         sampled = [self._running.by_slot[slot] for slot in plan.sampled_slots]
-        plan.masks = {request.slot: request.guide.mask() for request in sampled if request.guide is not None}
         self._outstanding.append(_Outstanding(plan.step, sampled, self._scored))
         self.step += 1
         return plan
@@ -174,7 +172,7 @@ class Scheduler:
             request.num_pending += 1
             request.ready_step = ready_step
         plan.decode_slots += [request.slot for request in requests]
-        for request in [r for r in requests if r.num_computed_tokens + 1 == r.max_total_tokens or r.guide]:
+        for request in [r for r in requests if r.num_computed_tokens + 1 == r.max_total_tokens]:
             self._running.decodes.remove(request)
 
     def _schedule_prefills(self, plan: StepPlan, budget: int) -> int:
@@ -352,16 +350,7 @@ class Scheduler:
                     self.finish(request, "stop")
                 elif len(request.token_ids) == request.max_total_tokens:
                     self.finish(request, "length")
-                elif request.guide is not None:
-                    self._guide(request, request.guide, token_id)
         return accepted
-
-    def _guide(self, request: Request, guide: Guide, token_id: int) -> None:
-        """Its newest token is known: the next may be planned."""
-        if not guide.advance(token_id):
-            self.finish(request, "abort")
-        elif request.status is RequestStatus.RUNNING:
-            self._running.decode(request)
 
     def _take_beam(self, request: Request, group: BeamGroup, logprobs: TokenLogprobs | None) -> None:
         """A row's result; with the last of them the search goes on or ends."""

@@ -33,10 +33,6 @@ class LibraryTokenizer:
     def vocab_size(self) -> int:
         return 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
 
-    def to_json(self) -> str:
-        """As a tokenizer.json of its own, what only tokenizer_config.json lists included."""
-        return str(self._library.to_str())
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(self._library.encode(text, add_special_tokens=add_special_tokens).ids)
 

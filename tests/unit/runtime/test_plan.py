@@ -35,7 +35,6 @@ samplings = st.builds(
     seed=st.integers(-(2**63), 2**63 - 1),
     num_logprobs=st.integers(-1, 20),
     num_prompt_logprobs=st.integers(-1, 20),
-    is_guided=st.booleans(),
     min_tokens=ids,
     stop_token_ids=tuples_of_ids,
     typical_p=floats,
@@ -49,7 +48,6 @@ plans = st.builds(
     new_rows=st.lists(st.builds(RowInit, ids, tuples_of_ids, ids, ids, samplings, ids), max_size=4),
     block_updates=st.lists(st.builds(BlockUpdate, ids, ids, tuples_of_ids), max_size=4),
     block_copies=st.lists(st.tuples(ids, ids), max_size=4),
-    masks=st.dictionaries(ids, st.binary(min_size=8, max_size=8), max_size=3),
 )
 
 
@@ -72,15 +70,15 @@ def test_round_trip_of_end() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 256, 4096])
-def test_steady_decode_costs_52_bytes(count: int) -> None:
-    assert encode(StepPlan(10**12, list(range(count)))).nbytes == 52
+def test_steady_decode_costs_48_bytes(count: int) -> None:
+    assert encode(StepPlan(10**12, list(range(count)))).nbytes == 48
 
 
 def test_a_gap_in_the_slots_costs_8_bytes_and_a_new_block_16() -> None:
     slots = [*range(100), *range(120, 256)]
     updates = [BlockUpdate(slot, 7, (slot + 1,)) for slot in range(16)]
-    assert encode(StepPlan(1, slots)).nbytes == 52 + 8
-    assert encode(StepPlan(1, slots, block_updates=updates)).nbytes == 52 + 8 + 16 * 16
+    assert encode(StepPlan(1, slots)).nbytes == 48 + 8
+    assert encode(StepPlan(1, slots, block_updates=updates)).nbytes == 48 + 8 + 16 * 16
 
 
 def test_the_batch_is_decodes_then_prefills() -> None:
