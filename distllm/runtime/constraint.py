@@ -1,0 +1,100 @@
+"""Constraint: what one sequence may say next, from a grammar and the tokens so far. Rank 0 only.
+
+ConstraintThread takes new tokens beside the engine's own thread, so that a slow grammar holds up the requests
+that have one and nobody else. Knows no scheduler; runtime.grammars makes constraints.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from distllm.runtime.request import Request
+
+MAX_ERROR_CHARS = 300
+
+
+def one_line(error: str) -> str:
+    """Of what the grammar library says, what is for the user: the line that names the error, or the first."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    named = [line for line in lines if line.startswith("error:")]
+    return (named or lines or ["the library gives no reason"])[0][:MAX_ERROR_CHARS]
+
+
+class Constraint:
+    """mask: which token may come after the last one taken: one bit for each id, the lowest first, in whole
+    int32 words. error: why no token can be found, if so; the mask means nothing then.
+    """
+
+    def __init__(self, matcher: LLMatcher, min_tokens: int = 0, stop_token_ids: Sequence[int] = ()) -> None:
+        """matcher: this sequence's own, from here on. min_tokens: until then no stop token is allowed where
+        the grammar leaves anything else.
+        """
+        self._matcher = matcher
+        self._min_tokens, self._stops = min_tokens, sum(1 << token_id for token_id in set(stop_token_ids))
+        self._num_tokens = 0
+        self.error: str | None = None
+        self.mask = b""
+        self._find_mask()
+
+    def advance(self, token_id: int) -> None:
+        """Take the token that was sampled under the mask."""
+        self._num_tokens += 1
+        if not self.mask[token_id // 8] >> token_id % 8 & 1:
+            self.error = "no token satisfies both the grammar and the other controls of the request"
+        elif self._matcher.consume_token(token_id):
+            self._find_mask()
+        else:
+            self._fail()
+
+    def _find_mask(self) -> None:
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            self._fail()
+        self.mask = self._without_stops(mask) if self._num_tokens < self._min_tokens else mask
+
+    def _without_stops(self, mask: bytes) -> bytes:
+        others = int.from_bytes(mask, "little") & ~self._stops
+        return others.to_bytes(len(mask), "little") if others else mask
+
+    def _fail(self) -> None:
+        self.error = f"the grammar cannot go on: {one_line(self._matcher.get_error())}"
+
+
+class ConstraintThread:
+    """Advances the constraints of requests, a batch at a time, in order."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, "constraints")  # starts its thread with the first batch
+        self._jobs: deque[tuple[Future[None], list[Request]]] = deque()
+
+    def advance(self, tokens: list[tuple[Request, int]]) -> None:
+        """Let each request's constraint take its newest token. Returns at once."""
+        if tokens:
+            requests = [request for request, _ in tokens]
+            self._jobs.append((self._executor.submit(_advance, tokens), requests))
+
+    def collect(self, timeout_s: float) -> list[Request]:
+        """The requests whose constraints came up to date since the last call. Waits so long for the first."""
+        ready: list[Request] = []
+        while self._jobs:
+            job, requests = self._jobs[0]
+            try:
+                job.result(0 if ready else timeout_s)
+            except NotYet:
+                break
+            ready += requests
+            self._jobs.popleft()
+        return ready
+
+
+def _advance(tokens: list[tuple[Request, int]]) -> None:
+    for request, token_id in tokens:
+        assert request.constraint is not None, "only requests with a constraint are handed over"
+        request.constraint.advance(token_id)
