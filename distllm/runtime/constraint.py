@@ -12,19 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from typing import TYPE_CHECKING
 
+from distllm.runtime.grammar_trial import one_line
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from distllm.runtime.request import Request
-
-MAX_ERROR_CHARS = 300
-
-
-def one_line(error: str) -> str:
-    """Of what the grammar library says, what is for the user: the line that names the error, or the first."""
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
-    named = [line for line in lines if line.startswith("error:")]
-    return (named or lines or ["the library gives no reason"])[0][:MAX_ERROR_CHARS]
 
 
 class Constraint:

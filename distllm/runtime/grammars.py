@@ -1,26 +1,25 @@
-"""Grammars: from StructuredOutputsParams to Constraints, by the llguidance library, which is imported here
-alone.
+"""Grammars: from StructuredOutputsParams to Constraints, by the llguidance library.
 
-A grammar is compiled on a thread of its own, within limits of size and time; what is wrong with it is the
-RequestError of the request that brought it. Equal grammars are compiled once.
+A grammar is tried in a process of its own and then compiled on a thread of its own; what is wrong with it, or
+that it is too costly, is the RequestError of the request that brought it. Equal grammars are compiled once.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Thread, stack_size
 from typing import TYPE_CHECKING
 
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
-from distllm.runtime.constraint import Constraint, one_line
+from distllm.runtime.constraint import Constraint
+from distllm.runtime.grammar_trial import STACK_BYTES, GrammarTrial, make_grammar, one_line, parser_limits
 from distllm.runtime.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 COMPILE_TIMEOUT_S = 5.0  # the first grammar of an engine waits for the vocabulary too
 MAX_CACHED = 64  # compiled grammars
@@ -30,6 +29,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """vocab_size: the model's, which may have more or fewer rows than the tokenizer has tokens."""
         self._given, self._vocab_size, self._eos = tokenizer, vocab_size, list(eos_token_ids)
+        self._trial = GrammarTrial()
         self._matcher = lru_cache(MAX_CACHED)(self._compile)
 
     def constraints(
@@ -51,16 +51,16 @@ class Grammars:
         def work() -> LLMatcher:
             from llguidance import LLMatcher
 
-            limits, grammar = parser_limits(), make_grammar(field, source)
-            error = LLMatcher.validate_grammar(grammar, limits=limits)  # sooner than the vocabulary is there
-            if error:
-                raise _refusal(field, one_line(error))
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+            grammar = make_grammar(field, source)
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
             matcher.compute_bitmask()
             if matcher.is_error():
                 raise _refusal(field, one_line(matcher.get_error()))
             return matcher
 
+        error = self._trial.check(field, source)
+        if error:
+            raise _refusal(field, error)
         return _within(COMPILE_TIMEOUT_S, field, work)
 
     @cached_property
@@ -99,41 +99,14 @@ class _Vocabulary:
         return token_ids if written == text.encode() else self.greedy(text)
 
 
-def parser_limits() -> LLParserLimits:
-    """A grammar that reaches one of them fails; none lets a token take more than tens of milliseconds."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(
-        max_items_in_row=500,  # of the parser; in ambiguous grammars a token costs the cube of them
-        max_lexer_states=50_000,  # of about 2 KB
-        max_grammar_size=200_000,
-        verbose_errors=False,
-    )
-
-
-def make_grammar(field: str, source: str) -> str:
-    """In the library's own language. Raises RequestError for what cannot be read at all."""
-    from llguidance import LLMatcher, grammar_from
-
-    try:
-        if field in ("json", "json_object"):
-            return LLMatcher.grammar_from_json_schema(source)
-        if field == "grammar":
-            return grammar_from("grammar", source)
-    except ValueError as error:
-        raise _refusal(field, one_line(str(error))) from None
-    if field == "regex":
-        return LLMatcher.grammar_from_regex(source)
-    quoted = (json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(json.loads(source)))
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(quoted))
-
-
 def _refusal(field: str, reason: str) -> RequestError:
     return RequestError(f"structured_outputs.{field} cannot be used: {reason}")
 
 
 def _within(timeout_s: float, field: str, work: Callable[[], LLMatcher]) -> LLMatcher:
-    """work() on another thread. One that takes too long is left to end by its own limits."""
+    """work() on another thread, which has more stack than the trial had. One that takes too long, which the
+    trial makes unlikely, is left to itself.
+    """
     results: SimpleQueue[LLMatcher | Exception] = SimpleQueue()
 
     def run() -> None:
@@ -142,7 +115,11 @@ def _within(timeout_s: float, field: str, work: Callable[[], LLMatcher]) -> LLMa
         except Exception as error:  # raised below
             results.put(error)
 
-    Thread(target=run, name="grammar", daemon=True).start()
+    before = stack_size(4 * STACK_BYTES)
+    try:
+        Thread(target=run, name="grammar", daemon=True).start()
+    finally:
+        stack_size(before)
     try:
         result = results.get(timeout=timeout_s)
     except Empty:
