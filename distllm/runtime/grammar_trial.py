@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ class GrammarTrial:
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            _end(self._process)
             self._process = None
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -58,7 +58,13 @@ class GrammarTrial:
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
             assert self._process.stdout is not None, "is a pipe"
             self._process.stdout.readline()  # it is ready
+            weakref.finalize(self, _end, self._process)
         return self._process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
 
 
 def _ask(process: subprocess.Popen[bytes], question: bytes) -> bytes | None:
