@@ -56,9 +56,9 @@ def check_outputs(folder: Path, layout: tuple[int, int], count: int, **options: 
 
 def test_texts_have_their_form_in_every_layout(folder: Path) -> None:
     """And the same tokens, which the plain ones have without any structured row beside them too."""
-    alone = check_outputs(folder, (1, 1), 18, max_num_seqs=1)
-    for layout in [(1, 1), (2, 1), (1, 2), (2, 2)]:
-        assert check_outputs(folder, layout, 18, max_num_seqs=24, max_num_batched_tokens=40) == alone
+    alone = check_outputs(folder, (1, 1), 14, max_num_seqs=2)
+    for layout in [(2, 1), (1, 2), (2, 2)]:
+        assert check_outputs(folder, layout, 14, max_num_seqs=24, max_num_batched_tokens=40) == alone
 
 
 @pytest.mark.slow
