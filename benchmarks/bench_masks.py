@@ -2,7 +2,7 @@
 
     python benchmarks/bench_masks.py
 
-One thread, as the engine has it; no device and no ranks. The vocabulary has 128,000 made-up tokens: bytes,
+On the engine's threads; no device and no ranks. The vocabulary has 128,000 made-up tokens: bytes,
 words, words with a blank or JSON punctuation before. Each row goes through its grammar at random and begins
 again when it ends. The first steps, in which lexers are built, are counted too.
 """
@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from distllm.runtime.constraint import Constraint
+from distllm.runtime.constraint import Constraint, ConstraintThreads
 from distllm.runtime.grammars import Grammars
-from distllm.runtime.plan import StepPlan
+from distllm.runtime.plan import RowSampling, StepPlan
 from distllm.runtime.plan_codec import decode_message, encode
+from distllm.runtime.request import Request
 from distllm.runtime.structured_outputs import StructuredOutputsParams
 
 BATCH_SIZE, VOCAB_SIZE, NUM_STEPS = 64, 128_000, 200
@@ -67,26 +68,32 @@ class Vocabulary:
         return list(text.encode())
 
 
-def choose(constraint: Constraint, rng: random.Random) -> int:
-    bits = np.unpackbits(np.frombuffer(constraint.mask, dtype=np.uint8), bitorder="little")
+def choose(request: Request, rng: random.Random) -> int:
+    assert request.constraint is not None and request.constraint.error is None
+    bits = np.unpackbits(np.frombuffer(request.constraint.mask, dtype=np.uint8), bitorder="little")
     return int(rng.choice(np.flatnonzero(bits)))
+
+
+def make_request(grammars: Grammars, form: StructuredOutputsParams) -> Request:
+    constraint: Constraint = grammars.constraints(form, 1, 0, [EOS])[0]
+    return Request("", (0,), 1, RowSampling(), constraint=constraint)
 
 
 def bench(grammars: Grammars, form: StructuredOutputsParams) -> tuple[list[float], list[float]]:
     """Milliseconds of a step of BATCH_SIZE rows: of the masks, and of their way into and out of a plan."""
-    rng = random.Random(0)
-    rows = grammars.constraints(form, BATCH_SIZE, 0, [EOS])
+    rng, threads = random.Random(0), ConstraintThreads()
+    rows = [make_request(grammars, form) for _ in range(BATCH_SIZE)]
     masks_ms, plan_ms = [], []
     for step in range(NUM_STEPS):
         tokens = [choose(row, rng) for row in rows]
         for number in [number for number, token_id in enumerate(tokens) if token_id == EOS]:
-            (rows[number],) = grammars.constraints(form, 1, 0, [EOS])
+            rows[number] = make_request(grammars, form)
             tokens[number] = choose(rows[number], rng)
         start = time.perf_counter()
-        for row, token_id in zip(rows, tokens, strict=True):
-            row.advance(token_id)
+        threads.advance(list(zip(rows, tokens, strict=True)))
+        assert len(threads.collect(10)) == BATCH_SIZE
         between = time.perf_counter()
-        masks = {slot: row.mask for slot, row in enumerate(rows)}
+        masks = {slot: row.constraint.mask for slot, row in enumerate(rows) if row.constraint}
         decode_message(encode(StepPlan(step, [*masks], token_masks=masks)))
         masks_ms.append(1e3 * (between - start))
         plan_ms.append(1e3 * (time.perf_counter() - between))

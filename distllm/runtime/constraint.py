@@ -1,15 +1,13 @@
 """Constraint: what one sequence may say next, from a grammar and the tokens so far. Rank 0 only.
 
-ConstraintThread takes new tokens beside the engine's own thread, so that a slow grammar holds up the requests
+ConstraintThreads take new tokens beside the engine's own thread, so that a slow grammar holds up the requests
 that have one and nobody else. Knows no scheduler; runtime.grammars makes constraints.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from distllm.runtime.grammar_trial import one_line
@@ -18,6 +16,9 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from distllm.runtime.request import Request
+
+NUM_THREADS = 4
+ROWS_OF_A_JOB = 16  # at least: most masks take less than handing them over
 
 
 class Constraint:
@@ -60,31 +61,31 @@ class Constraint:
         self.error = f"the grammar cannot go on: {one_line(self._matcher.get_error())}"
 
 
-class ConstraintThread:
-    """Advances the constraints of requests, a batch at a time, in order."""
+class ConstraintThreads:
+    """Advance the constraints of requests. Finding a mask does not hold Python's lock: threads share that;
+    taking a token does.
+    """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, "constraints")  # starts its thread with the first batch
-        self._jobs: deque[tuple[Future[None], list[Request]]] = deque()
+        self._executor = ThreadPoolExecutor(NUM_THREADS, "constraints")  # starts threads as they are needed
+        self._jobs: dict[Future[None], list[Request]] = {}
 
     def advance(self, tokens: list[tuple[Request, int]]) -> None:
         """Let each request's constraint take its newest token. Returns at once."""
-        if tokens:
-            requests = [request for request, _ in tokens]
-            self._jobs.append((self._executor.submit(_advance, tokens), requests))
+        size = max(ROWS_OF_A_JOB, -(-len(tokens) // NUM_THREADS))
+        for start in range(0, len(tokens), size):
+            part = tokens[start : start + size]
+            self._jobs[self._executor.submit(_advance, part)] = [request for request, _ in part]
 
     def collect(self, timeout_s: float) -> list[Request]:
-        """The requests whose constraints came up to date since the last call. Waits so long for the first."""
-        ready: list[Request] = []
-        while self._jobs:
-            job, requests = self._jobs[0]
-            try:
-                job.result(0 if ready else timeout_s)
-            except NotYet:
-                break
-            ready += requests
-            self._jobs.popleft()
-        return ready
+        """The requests whose constraints came up to date since the last call. Waits no longer for all."""
+        if not self._jobs:
+            return []
+        done, _ = wait(self._jobs, timeout_s)
+        ready = [job for job in self._jobs if job in done]
+        for job in ready:
+            job.result()  # raises what went wrong there
+        return [request for job in ready for request in self._jobs.pop(job)]
 
 
 def _advance(tokens: list[tuple[Request, int]]) -> None:

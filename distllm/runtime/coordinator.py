@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from distllm.comm.base import Control
 from distllm.comm.fatal import set_step
 from distllm.errors import RequestError
-from distllm.runtime.constraint import ConstraintThread
+from distllm.runtime.constraint import ConstraintThreads
 from distllm.runtime.generation import Generation
 from distllm.runtime.model_runner import ModelRunner
 from distllm.runtime.plan_codec import encode, encode_end, encode_error
@@ -34,7 +34,7 @@ class Coordinator:
         self._scheduler = scheduler
         self._runner = runner
         self._pp_size = pp_size
-        self._constraints = ConstraintThread()
+        self._constraints = ConstraintThreads()
         self.watch: Watch = nullcontext  # entered around each of PARTS, by name: how profilers see steps
         self._running: dict[str, Generation] = {}  # what run() has in hand, by request id
         self._changed: list[Generation] = []  # of the last step, to be yielded; abort() adds to it
