@@ -28,6 +28,7 @@ from distllm.runtime.outputs import (
     ScoreOutput,
 )
 from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from distllm.runtime.llm import LLM
@@ -52,6 +53,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "StructuredOutputsParams",
     "UserError",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,7 @@ from distllm.cli.options import engine_options, sampling_options
 from distllm.cli.progress import show_progress
 from distllm.env import launcher_identity
 from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.structured_outputs import MAX_GRAMMAR_CHARS, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from distllm.runtime.llm import LLM
@@ -36,6 +37,8 @@ def parse_token_ids(
 )
 @engine_options
 @sampling_options
+@click.option("--json-schema", type=click.File(), help="The text is JSON by the schema in this file.")
+@click.option("--regex", help="The whole text matches.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each prompt.")
 @click.option(
     "--stream", is_flag=True, help="Print text as it comes; with --json, one object for each increment."
@@ -44,6 +47,8 @@ def generate(
     model: str,
     prompts: tuple[str, ...],
     prompt_token_ids: list[list[int]],
+    json_schema: IO[str] | None,
+    regex: str | None,
     as_json: bool,
     stream: bool,
     **options: Any,
@@ -55,6 +60,7 @@ def generate(
     check_usage(prompts, prompt_token_ids, streams_text=stream and not as_json, n=options["n"])
     sampling_names = {field.name for field in fields(SamplingParams)} - {"seed"}
     wanted = {name: options.pop(name) for name in sampling_names & options.keys()}
+    wanted["structured_outputs"] = form_of_text(json_schema, regex)
     wanted = {name: value for name, value in wanted.items() if value is not None}
     SamplingParams(**wanted)  # refuses before anything is loaded
     asked = list(prompts) or prompt_token_ids
@@ -70,6 +76,13 @@ def generate(
             print_stream(llm, asked, sampling, as_json)
         else:
             print_outputs(llm.generate(asked, sampling), as_json)
+
+
+def form_of_text(json_schema: IO[str] | None, regex: str | None) -> StructuredOutputsParams | None:
+    if json_schema is None and regex is None:
+        return None
+    schema = json_schema.read(MAX_GRAMMAR_CHARS + 1) if json_schema else None
+    return StructuredOutputsParams(json=schema, regex=regex)
 
 
 def check_usage(

@@ -15,7 +15,9 @@ from distllm.errors import RequestError
 from distllm.runtime.beam_generation import BeamGeneration
 from distllm.runtime.beam_search import count_candidates
 from distllm.runtime.beam_search_params import BeamSearchParams
+from distllm.runtime.constraint import Constraint
 from distllm.runtime.generation import Generation
+from distllm.runtime.grammars import Grammars
 from distllm.runtime.logit_controls import NO_CONTROLS, LogitControls
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.request import Request
@@ -59,6 +61,7 @@ class Admission:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos = tuple(eos_token_ids)
+        self._grammars = Grammars(tokenizer, vocab_size, self._eos)
         self._random = random.Random(seed)
         self._count = 0
 
@@ -141,6 +144,7 @@ class Admission:
         stops = frozenset([*(() if params.ignore_eos else self._eos), *(params.stop_token_ids or ())])
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         controls = self._controls(params)
+        constraints = self._constraints(params, stops)
         requests: list[Request] = []
         for index in range(params.n):
             requests.append(
@@ -153,9 +157,17 @@ class Admission:
                     priority=priority,
                     fork_from=requests[0] if requests else None,
                     index=index,
+                    constraint=constraints[index],
                 )
             )
         return requests
+
+    def _constraints(self, params: SamplingParams, stops: frozenset[int]) -> Sequence[Constraint | None]:
+        """One for each sample; None where the text may have any form."""
+        form = params.structured_outputs
+        if form is None:
+            return [None] * params.n
+        return self._grammars.constraints(form, params.n, params.min_tokens, sorted(stops))
 
     def _row_sampling(
         self,
@@ -166,8 +178,10 @@ class Admission:
         scores: bool,
     ) -> RowSampling:
         """scores: this one of the n samples scores the prompt that they share, if that is asked for."""
+        # A constraint keeps the end away itself: it knows where nothing else is left.
+        min_tokens = 0 if params.structured_outputs else params.min_tokens
         # min_tokens keeps even an ignored eos away, as in vLLM.
-        forbidden = sorted(stops.union(self._eos)) if params.min_tokens else []
+        forbidden = sorted(stops.union(self._eos)) if min_tokens else []
         return RowSampling(
             temperature=0.0 if params.temperature < GREEDY_BELOW else float(params.temperature),
             top_k=min(max(params.top_k, 0), self._vocab_size),
@@ -176,7 +190,7 @@ class Admission:
             seed=(seed + 2**63) % 2**64 - 2**63,
             num_logprobs=self._num_logprobs(params.logprobs),
             num_prompt_logprobs=self._num_logprobs(params.prompt_logprobs) if scores else -1,
-            min_tokens=params.min_tokens,
+            min_tokens=min_tokens,
             stop_token_ids=tuple(forbidden),
             typical_p=1.0 if params.temperature < GREEDY_BELOW else float(params.typical_p),
             controls=controls,

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from distllm.comm.base import Control
 from distllm.comm.fatal import set_step
 from distllm.errors import RequestError
+from distllm.runtime.constraint import ConstraintThreads
 from distllm.runtime.generation import Generation
 from distllm.runtime.model_runner import ModelRunner
 from distllm.runtime.plan_codec import encode, encode_end, encode_error
@@ -21,6 +22,8 @@ from distllm.runtime.scheduler import AcceptedToken, Scheduler
 
 # What a step consists of on rank 0, in order. In "wait" the host waits for the device, or finds it done.
 PARTS = ("schedule", "broadcast", "launch", "wait", "update", "deliver")
+
+MAX_MASK_WAIT_S = 0.005  # before a step is planned without the requests whose masks are not there
 
 Watch = Callable[[str], AbstractContextManager[object]]
 
@@ -31,6 +34,7 @@ class Coordinator:
         self._scheduler = scheduler
         self._runner = runner
         self._pp_size = pp_size
+        self._constraints = ConstraintThreads()
         self.watch: Watch = nullcontext  # entered around each of PARTS, by name: how profilers see steps
         self._running: dict[str, Generation] = {}  # what run() has in hand, by request id
         self._changed: list[Generation] = []  # of the last step, to be yielded; abort() adds to it
@@ -93,6 +97,7 @@ class Coordinator:
         """One step; the generations that have new tokens, each once, in order."""
         watch = self.watch
         with watch("schedule"):
+            failed = self._take_up_masks(owner)
             plan = self._scheduler.schedule()
         set_step(plan.step)
         with watch("broadcast"):
@@ -108,14 +113,30 @@ class Coordinator:
         for request, start, logprobs in scores:
             owner[request].add_prompt_logprobs(start, logprobs)
         with watch("deliver"):
-            return self._deliver(tokens, owner)
+            return failed + self._deliver(tokens, owner)
+
+    def _take_up_masks(self, owner: dict[Request, Generation]) -> list[Generation]:
+        """Requests whose masks have come may run again; those that can have none end, and are given back."""
+        failed: list[Generation] = []
+        for request in self._constraints.collect(MAX_MASK_WAIT_S):
+            if request.constraint is None or request.finish_reason is not None:
+                continue
+            self._scheduler.resume(request)
+            if request.constraint.error is not None:
+                self._scheduler.finish(request, "error", request.constraint.error)
+                failed.append(owner[request])
+        return failed
 
     def _deliver(self, tokens: list[AcceptedToken], owner: dict[Request, Generation]) -> list[Generation]:
         changed: dict[Generation, None] = {}
+        constrained: list[tuple[Request, int]] = []
         for request, token_id, logprobs in tokens:
             generation = owner[request]
             stop = generation.add_token(request, token_id, logprobs)
             if stop is not None:
                 self._scheduler.finish(request, "stop", stop)
             changed[generation] = None
+            if request.constraint is not None and request.finish_reason is None:
+                constrained.append((request, token_id))
+        self._constraints.advance(constrained)
         return list(changed)

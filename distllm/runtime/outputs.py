@@ -25,8 +25,8 @@ class CompletionOutput:
     token_ids: Sequence[int]
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None  # one dict for each token of token_ids
-    finish_reason: str | None = None  # "stop", "length", "abort"; None while running
-    stop_reason: int | str | None = None  # the stop token id or string; None for eos
+    finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while running
+    stop_reason: int | str | None = None  # the stop token id or string, or the error; None for eos
 
     def finished(self) -> bool:
         return self.finish_reason is not None

@@ -90,6 +90,9 @@ class StepPlan:
     new_rows: list[RowInit] = field(default_factory=list)
     block_updates: list[BlockUpdate] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (src, dst) block ids
+    # slot → which tokens it may sample in this step, where a grammar says so: one bit for each token id, the
+    # lowest first, in whole int32 words; all of one length.
+    token_masks: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

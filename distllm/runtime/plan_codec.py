@@ -54,7 +54,7 @@ def encode(plan: StepPlan) -> Words:
         words += pair
     for row in plan.prefills:
         words += [row.slot, row.num_tokens, int(row.samples), row.num_scored]
-    return _message(_STEP, words)
+    return _message(_STEP, words, *_encode_masks(plan.token_masks))
 
 
 def encode_end() -> Words:
@@ -71,7 +71,7 @@ def decode_message(array: Words) -> StepPlan | End | Error:
     assert array.dtype == np.int32 and array.ndim == 1, (
         f"a message is 1-D int32, not {array.ndim}-D {array.dtype}"
     )
-    reader = _Reader(array.tolist())
+    reader = _Reader(array.data)
     kind = reader.check_header()
     if kind not in _DECODERS:
         raise DistllmError(f"control message of unknown kind {kind}")
@@ -83,10 +83,17 @@ def decode_message(array: Words) -> StepPlan | End | Error:
 class _Reader:
     """Takes words off the front of a message; every read checks that they are there."""
 
-    def __init__(self, words: list[int]) -> None:
+    def __init__(self, words: memoryview) -> None:
         self.words, self.position = words, 0
 
+    @property
+    def has_more(self) -> bool:
+        return self.position < len(self.words)
+
     def take(self, count: int) -> list[int]:
+        return self.take_view(count).tolist()
+
+    def take_view(self, count: int) -> memoryview:
         start, self.position = self.position, self.position + count
         if count < 0 or self.position > len(self.words):
             raise DistllmError(
@@ -131,6 +138,7 @@ def _decode_step(reader: _Reader) -> StepPlan:
     for start, count in [_decode_pair(reader) for _ in range(num_ranges)]:
         plan.decode_slots += range(start, start + count)
     plan.prefills = [_decode_prefill(reader) for _ in range(num_prefills)]
+    plan.token_masks = _decode_masks(reader) if reader.has_more else {}
     return plan
 
 
@@ -148,6 +156,19 @@ _DECODERS: dict[int, Callable[[_Reader], StepPlan | End | Error]] = {
     _END: _decode_end,
     _ERROR: _decode_error,
 }
+
+
+def _encode_masks(masks: dict[int, bytes]) -> list[Words]:
+    """Nothing where there are none. A mask has thousands of words, which never become Python integers."""
+    if not masks:
+        return []
+    bits = np.frombuffer(b"".join(masks.values()), dtype=np.int32)
+    return [np.array([*_list([*masks]), len(bits) // len(masks)], dtype=np.int32), bits]
+
+
+def _decode_masks(reader: _Reader) -> dict[int, bytes]:
+    slots, (num_words,) = reader.take_list(), reader.take(1)
+    return {slot: reader.take_view(num_words).tobytes() for slot in slots}
 
 
 def _encode_row_init(init: RowInit) -> list[int]:
@@ -232,8 +253,10 @@ def _slot_ranges(slots: Sequence[int]) -> list[tuple[int, int]]:
     return [(slots[i], j - i) for i, j in pairwise([*starts, len(slots)])]
 
 
-def _message(kind: int, body: list[int]) -> Words:
-    return np.array([FORMAT, kind, _HEADER_WORDS + len(body), *body], dtype=np.int32)
+def _message(kind: int, body: list[int], *rest: Words) -> Words:
+    length = _HEADER_WORDS + len(body) + sum(map(len, rest))
+    words = np.array([FORMAT, kind, length, *body], dtype=np.int32)
+    return np.concatenate([words, *rest]) if rest else words
 
 
 def _words(data: bytes) -> list[int]:

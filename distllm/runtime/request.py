@@ -14,6 +14,7 @@ from distllm.runtime.plan import RowSampling
 
 if TYPE_CHECKING:
     from distllm.runtime.beam_group import BeamGroup
+    from distllm.runtime.constraint import Constraint
 
 
 class RequestStatus(Enum):
@@ -40,10 +41,11 @@ class Request:
     fork_from: Request | None = None  # share this one's prompt blocks once they are computed
     index: int = 0  # among the n samples of one prompt
     group: BeamGroup | None = None  # the beam search that it is a row of
+    constraint: Constraint | None = None  # of a structured output: which tokens may come next
 
     status: RequestStatus = RequestStatus.WAITING
-    finish_reason: str | None = None  # "stop", "length" or "abort"
-    stop_reason: int | str | None = None  # the stop string that ended it, if one did
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
+    stop_reason: int | str | None = None  # the stop string or the error that ended it
     token_ids: list[int] = field(default_factory=list)  # prompt, then generated
     num_computed_tokens: int = 0  # planned: KV written by the end of the last planned step
     num_pending: int = 0  # sampled in planned steps whose results have not come
@@ -55,7 +57,9 @@ class Request:
         default_factory=list
     )  # of the full blocks of token_ids, as far as hashed
     num_registered_blocks: int = 0  # leading block_ids that the prefix cache knows
-    ready_step: int = 0  # first step in which the newest sampled token is on the first stage
+    ready_step: int = (
+        0  # first step in which the newest sampled token is on the first stage; of a constraint, known
+    )
     arrival: int = -1  # set by the scheduler: order of add()
     max_total_tokens: int = field(init=False)  # prompt and generated
 

@@ -13,6 +13,7 @@ from distllm.runtime.plan import RowSampling
 from distllm.runtime.sampled import Logprobs, Sampled
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import to_device
+from distllm.runtime.token_masks import apply_masks
 
 SCORED_ROWS = 128  # tokens of prompts whose logits exist at a time
 
@@ -20,8 +21,8 @@ SCORED_ROWS = 128  # tokens of prompts whose logits exist at a time
 class Sampler:
     """The last stage's. Every tensor-parallel rank calls it alike and gets the same tokens.
 
-    Rows that are plain (RowSampling.is_plain) are chosen where their logits lie, and only the best of each
-    rank travel; the others need all logits on every rank.
+    Rows that are plain (RowSampling.is_plain, and no mask) are chosen where their logits lie, and only the
+    best of each rank travel; the others need all logits on every rank.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class Sampler:
         rows = [self._tables.sampling[slot] for slot in slots]
         logits, parameters = self._head.gather(shard), self._tables.parameters(index)
         history = History(self._tables.token_ids, index, positions, parameters["num_prompt"])
-        token_ids = _choose(self._control(logits, rows, history), rows, positions, parameters)
+        allowed = self._control(apply_masks(logits, slots, self._tables.token_masks), rows, history)
+        token_ids = _choose(allowed, rows, positions, parameters)
         num_top = num_top_logprobs(rows)
         return Sampled(token_ids, _logprobs(logits, token_ids, num_top) if num_top >= 0 else None)
 

@@ -17,6 +17,7 @@ from distllm.runtime.bounds import (
     check_list,
     check_text,
 )
+from distllm.runtime.structured_outputs import StructuredOutputsParams
 
 MAX_N = 64
 MAX_TEMPERATURE = 100.0
@@ -61,6 +62,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None  # never sampled, whatever their tokens
     no_repeat_ngram_size: int = 0  # so many tokens never come twice in the same order, the prompt included
     logits_processors: Sequence[str] | None = None  # names of the LLM's, in the order of application
+    structured_outputs: StructuredOutputsParams | None = None  # the form that the text must have
     seed: int | None = None  # None: drawn from the engine's seed
     max_tokens: int | None = 16  # None: until max_model_len
     min_tokens: int = 0
@@ -92,6 +94,7 @@ class SamplingParams:
             check_bool(name, getattr(self, name))
         self._check_lengths()
         self._check_stops()
+        self._check_form()
 
     def _check_controls(self) -> None:
         check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -145,6 +148,13 @@ class SamplingParams:
             check_text(f"stop[{index}]", text, MAX_STOP_CHARS)
         if self.stop_strings and not self.detokenize:
             raise RequestError("stop needs detokenize=True; it is False: set it or use stop_token_ids")
+
+    def _check_form(self) -> None:
+        form = self.structured_outputs
+        if form is not None and not isinstance(form, StructuredOutputsParams):
+            raise RequestError(f"structured_outputs is {shorten(form)}; it must be a StructuredOutputsParams")
+        if form is not None and self.ignore_eos:
+            raise RequestError("ignore_eos is True; structured_outputs end with eos: leave one of them out")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

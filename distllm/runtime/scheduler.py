@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from sys import maxsize
 
 from distllm.runtime.beam_group import BeamGroup, common_length
 from distllm.runtime.block_tables import BlockTables
@@ -22,6 +23,7 @@ from distllm.runtime.scheduler_config import SchedulerConfig
 __all__ = ["AcceptedToken", "Scheduler", "SchedulerConfig", "ScoredPrompt"]
 
 
+NEVER = maxsize  # as a ready_step
 AcceptedToken = tuple[Request, int, TokenLogprobs | None]  # a plain tuple: hundreds are made in a step
 ScoredPrompt = tuple[Request, int, list[TokenLogprobs]]  # of its tokens from this position on
 
@@ -98,9 +100,21 @@ class Scheduler:
         budget = self._schedule_prefills(plan, budget)
         self._admit_waiting(plan, budget)
         sampled = [self._running.by_slot[slot] for slot in plan.sampled_slots]
+        self._constrain(plan, sampled)
         self._outstanding.append(_Outstanding(plan.step, sampled, self._scored))
         self.step += 1
         return plan
+
+    def resume(self, request: Request) -> None:
+        """The request's constraint has taken all its tokens: it may run again."""
+        request.ready_step = self.step
+
+    def _constrain(self, plan: StepPlan, sampled: list[Request]) -> None:
+        """What may come after a token depends on it: until it is known, and its mask, the others go ahead."""
+        for request in sampled:
+            if request.constraint is not None:
+                plan.token_masks[request.slot] = request.constraint.mask
+                request.ready_step = NEVER
 
     def _branch_beams(self, plan: StepPlan) -> set[Request]:
         """Carry out what beam searches have decided, in order, as far as there are blocks; their rows then
@@ -232,7 +246,8 @@ class Scheduler:
         """Give the request a slot and all its blocks: its prefill never waits and never preempts. Of a beam
         search all rows get theirs, or none. Returns those that have something to compute."""
         rows = request.together
-        if any(row.num_pending for row in rows):  # preempted a moment ago: its tokens are not all known
+        # Preempted a moment ago: its tokens are not all known, or not what may come after them.
+        if any(row.num_pending or row.ready_step > self.step for row in rows):
             return ()
         live = rows if request.group is None else request.group.live
         copies = self._tables.try_open_all(live) if len(rows) <= len(self._running.free_slots) else None

@@ -45,6 +45,7 @@ class SlotTables:
         # What decides control flow is kept on the host too; it is the same on every rank, since plans are.
         self.sampling: list[RowSampling] = [RowSampling()] * num_slots
         self._special: set[int] = set()  # slots whose rows are not plain
+        self.token_masks: dict[int, bytes] = {}  # of the last plan applied
 
     def parameters(self, slots: torch.Tensor) -> dict[str, torch.Tensor]:
         """Of these rows, [num_rows]: seed, top_k, num_prompt (int64), temperature, top_p, min_p (fp32)."""
@@ -52,8 +53,11 @@ class SlotTables:
         return dict(zip((*_LONGS, *_FLOATS), (*longs, *floats), strict=True))
 
     def special_rows(self, slots: Sequence[int]) -> list[RowSampling]:
-        """Of these slots, the parameters that are not plain. Asked in every step: most have none."""
-        return [self.sampling[slot] for slot in slots if slot in self._special] if self._special else []
+        """Of these slots, the parameters that are not plain or come with a mask. Asked in every step: most
+        have none.
+        """
+        special = self._special | self.token_masks.keys() if self.token_masks else self._special
+        return [self.sampling[slot] for slot in slots if slot in special] if special else []
 
     def advance(self, slots: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """The KV of these rows is written up to seq_lens [num_rows]; the padding row stays at its
@@ -67,6 +71,7 @@ class SlotTables:
 
     def apply(self, plan: StepPlan) -> None:
         """Take up what the plan changes in the rows: one copy and one scatter, whatever it is."""
+        self.token_masks = plan.token_masks
         runs = [run for row in plan.new_rows for run in self._init_row(row)]
         runs += [self._run(self.block_table, u.slot, u.start, u.block_ids) for u in plan.block_updates]
         if not runs:

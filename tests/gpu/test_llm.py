@@ -9,6 +9,7 @@ import pytest
 from tests import launchers
 from tests.gpu.conftest import needs_gpus
 from tests.gpu.engine_cases import EXPERTS, make_case, make_trained_case
+from tests.structured_cases import make_folder
 
 pytestmark = pytest.mark.gpu
 
@@ -42,6 +43,12 @@ def test_tokens(folder: Path, script: str, tp: int, pp: int) -> None:
 def test_tokens_of_experts(mixture: Path, tp: int, pp: int) -> None:
     """In a captured step the router chooses anew at each replay."""
     check("run_llm.py", mixture, tp, pp)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_structured_outputs(tmp_path: Path, tp: int, pp: int) -> None:
+    check("run_structured.py", make_folder(tmp_path), tp, pp)
 
 
 def check(script: str, folder: Path, tp: int, pp: int) -> None:

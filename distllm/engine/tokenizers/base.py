@@ -36,6 +36,13 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What this token writes inside a text; nothing for special tokens and ids without a token.
+
+        Raises RequestError where a text is more than what its tokens write, one after the other.
+        """
+        ...
+
 
 class TokenSplitter:
     """Cuts a text at the tokens in it that are spelled out; the longest wins where several begin."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from distllm.engine.files import MAX_JSON_BYTES, read_bytes
+from distllm.engine.tokenizers.decoders import bytes_of_pieces
 from distllm.engine.tokenizers.settings import TokenizerSettings
 from distllm.errors import CheckpointError
 
@@ -23,9 +25,9 @@ class LibraryTokenizer:
         except Exception as error:  # the library raises bare Exception for whatever is wrong in the file
             raise CheckpointError(f"cannot read {path}: {error}") from error
         self._add(path, settings)
-        added = self._library.get_added_tokens_decoder()
+        self._added = self._library.get_added_tokens_decoder()
         self.special_tokens: Mapping[str, int] = {
-            token.content: number for number, token in added.items() if token.special
+            token.content: number for number, token in self._added.items() if token.special
         }
         self.stop_token_ids: frozenset[int] = frozenset()
 
@@ -45,6 +47,17 @@ class LibraryTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._library.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        added = self._added.get(token_id)
+        if added is not None:
+            return b"" if added.special else added.content.encode()
+        piece = self._library.id_to_token(token_id)
+        return b"" if piece is None else self._written(piece)
+
+    @cached_property
+    def _written(self) -> Callable[[str], bytes]:
+        return bytes_of_pieces(self._library.decoder)
 
     def _add(self, path: Path, settings: TokenizerSettings) -> None:
         """The library numbers on from its last token; a file that means another id would mistake texts."""

@@ -53,6 +53,15 @@ class PieceTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(self._runs(token_ids, skip_special_tokens))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._texts or token_id >= self._num_pieces:
+            return b"" if token_id in self._special_ids else self._texts.get(token_id, "").encode()
+        if self._model.IsUnknown(token_id) or self._model.IsUnused(token_id):
+            return b""
+        piece: str = self._model.IdToPiece(token_id)
+        is_byte = self._model.IsByte(token_id)  # "<0x0A>"
+        return bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
+
     def _runs(self, token_ids: Sequence[int], skip_special_tokens: bool) -> Iterator[str]:
         known = (number for number in token_ids if number < self._num_pieces or number in self._texts)
         for is_beside, run in groupby(known, self._texts.__contains__):

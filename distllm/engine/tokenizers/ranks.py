@@ -86,5 +86,10 @@ class RankTokenizer:
         wanted = [number for number in token_ids if number in self._known and number not in left_out]
         return self._encoding.decode_bytes(wanted).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._special_ids or token_id not in self._known:
+            return b""
+        return self._encoding.decode_single_token_bytes(token_id)
+
     def _normalize(self, text: str) -> str:
         return unicodedata.normalize(self._normal_form, text) if self._normal_form else text  # type: ignore[arg-type]

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from distllm.engine.tokenizers import Tokenizer, load_tokenizer
-from distllm.errors import CheckpointError
+from distllm.engine.tokenizers.decoders import bytes_of_pieces
+from distllm.errors import CheckpointError, RequestError
 from tests.tokenizers import KINDS, LOSSLESS, random_text, rank_lines, train_pieces, write_json
 
 
@@ -41,6 +42,38 @@ def test_text_comes_back(kind: str, tmp_path: Path) -> None:
     for text in texts():
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.decode(tokenizer.encode_plain(text)) == text
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_texts_are_what_their_tokens_write(kind: str, tmp_path: Path) -> None:
+    """Inside a text: some put a blank before the first word, and take it away again."""
+    tokenizer = load(kind, tmp_path)
+    for text in texts():
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        written = b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace")
+        decoded = tokenizer.decode(ids)
+        if kind in ("unigram", "sp_unigram") and decoded not in (written, written[1:]):
+            assert "\u2047" in decoded or "<unk>" in decoded  # what is no token has no bytes
+            continue
+        assert decoded in (written, written.removeprefix(" ")), text
+    assert not any(map(tokenizer.token_bytes, tokenizer.special_tokens.values()))
+    assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
+
+
+def test_every_byte_is_some_token(tmp_path: Path) -> None:
+    for kind in sorted(LOSSLESS):
+        (tmp_path / kind).mkdir()
+        tokenizer = load(kind, tmp_path / kind)
+        assert {bytes([byte]) for byte in range(128)} <= set(
+            map(tokenizer.token_bytes, range(tokenizer.vocab_size))
+        )
+
+
+def test_a_decoder_that_does_more_is_refused() -> None:
+    from tokenizers import decoders
+
+    with pytest.raises(RequestError, match="the decoder of this one is WordPiece"):
+        bytes_of_pieces(decoders.Sequence([decoders.Fuse(), decoders.WordPiece()]))
 
 
 def test_plain_text_spells_no_special_token(tmp_path: Path) -> None:

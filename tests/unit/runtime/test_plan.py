@@ -48,6 +48,9 @@ plans = st.builds(
     new_rows=st.lists(st.builds(RowInit, ids, tuples_of_ids, ids, ids, samplings, ids), max_size=4),
     block_updates=st.lists(st.builds(BlockUpdate, ids, ids, tuples_of_ids), max_size=4),
     block_copies=st.lists(st.tuples(ids, ids), max_size=4),
+    token_masks=st.integers(1, 3).flatmap(
+        lambda words: st.dictionaries(ids, st.binary(min_size=4 * words, max_size=4 * words), max_size=3)
+    ),
 )
 
 
@@ -79,6 +82,20 @@ def test_a_gap_in_the_slots_costs_8_bytes_and_a_new_block_16() -> None:
     updates = [BlockUpdate(slot, 7, (slot + 1,)) for slot in range(16)]
     assert encode(StepPlan(1, slots)).nbytes == 48 + 8
     assert encode(StepPlan(1, slots, block_updates=updates)).nbytes == 48 + 8 + 16 * 16
+
+
+def test_masks_cost_what_they_hold() -> None:
+    masks = {slot: bytes(4000) for slot in range(64)}
+    assert encode(StepPlan(1, list(range(64)), token_masks=masks)).nbytes == 48 + 4 * (64 + 2) + 64 * 4000
+
+
+def test_a_cut_mask_is_refused() -> None:
+    message = encode(StepPlan(1, [3], token_masks={3: bytes(range(40))}))
+    for length in range(13, len(message)):
+        cut = message[:length].copy()
+        cut[2] = length
+        with pytest.raises(DistllmError, match="words wanted at word"):
+            decode_message(cut)
 
 
 def test_the_batch_is_decodes_then_prefills() -> None:

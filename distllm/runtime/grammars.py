@@ -1,0 +1,130 @@
+"""Grammars: from StructuredOutputsParams to Constraints, by the llguidance library.
+
+A grammar is tried in a process of its own and then compiled on a thread of its own; what is wrong with it, or
+that it is too costly, is the RequestError of the request that brought it. Equal grammars are compiled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from queue import Empty, SimpleQueue
+from threading import Thread, stack_size
+from typing import TYPE_CHECKING
+
+from distllm.engine.tokenizers import Tokenizer
+from distllm.errors import RequestError
+from distllm.runtime.constraint import Constraint
+from distllm.runtime.grammar_trial import STACK_BYTES, GrammarTrial, make_grammar, one_line, parser_limits
+from distllm.runtime.structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+COMPILE_TIMEOUT_S = 5.0  # the first grammar of an engine waits for the vocabulary too
+MAX_CACHED = 64  # compiled grammars
+
+
+class Grammars:
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """vocab_size: the model's, which may have more or fewer rows than the tokenizer has tokens."""
+        self._given, self._vocab_size, self._eos = tokenizer, vocab_size, list(eos_token_ids)
+        self._trial = GrammarTrial()
+        self._matcher = lru_cache(MAX_CACHED)(self._compile)
+
+    def constraints(
+        self, params: StructuredOutputsParams, count: int, min_tokens: int, stop_token_ids: Sequence[int]
+    ) -> list[Constraint]:
+        """One for each of count sequences. Raises RequestError, in one line, for a grammar that is wrong or
+        too costly.
+        """
+        if self._given is None:
+            raise RequestError("structured_outputs need a tokenizer, and the model folder has none")
+        if not self._eos:
+            raise RequestError("structured_outputs need an end-of-sequence token, and the model names none")
+        matcher = self._matcher(*params.source())
+        return [Constraint(matcher.deep_copy(), min_tokens, stop_token_ids) for _ in range(count)]
+
+    def _compile(self, field: str, source: str) -> LLMatcher:
+        """With its first mask: copies find that work done, and what fails at once is refused."""
+
+        def work() -> LLMatcher:
+            from llguidance import LLMatcher
+
+            grammar = make_grammar(field, source)
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
+            matcher.compute_bitmask()
+            if matcher.is_error():
+                raise _refusal(field, one_line(matcher.get_error()))
+            return matcher
+
+        error = self._trial.check(field, source)
+        if error:
+            raise _refusal(field, error)
+        return _within(COMPILE_TIMEOUT_S, field, work)
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        assert self._given is not None, "checked before"
+        vocabulary = _Vocabulary(self._given, self._vocab_size, self._eos)
+        made = LLTokenizer(vocabulary, eos_token=self._eos)  # type: ignore[arg-type]
+        vocabulary.greedy = made.greedy_tokenize
+        return made
+
+
+class _Vocabulary:
+    """What the library asks of a tokenizer; one for all kinds."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: Sequence[int]) -> None:
+        self.eos_token_id = eos[0]
+        self._tokenizer = tokenizer
+        self._written = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
+        special = {n: text.encode() for text, n in tokenizer.special_tokens.items() if n < vocab_size}
+        special |= {n: special.get(n) or self._written[n] or b"<|end|>" for n in eos}
+        self.special_token_ids = sorted(special)
+        self.tokens = [special.get(n, text) for n, text in enumerate(self._written)]
+        self.greedy: Callable[[str], list[int]] = lambda text: []
+
+    def __call__(self, text: str) -> list[int]:
+        """As the model was trained to read it where these tokens write the text alone, no blank before it:
+        where a grammar leaves one text only, these are all that is allowed.
+        """
+        token_ids = self._tokenizer.encode(text, add_special_tokens=False)
+        written = b"".join(self._written[n] for n in token_ids if n < len(self._written))
+        return token_ids if written == text.encode() else self.greedy(text)
+
+
+def _refusal(field: str, reason: str) -> RequestError:
+    return RequestError(f"structured_outputs.{field} cannot be used: {reason}")
+
+
+def _within(timeout_s: float, field: str, work: Callable[[], LLMatcher]) -> LLMatcher:
+    """work() on another thread, which has more stack than the trial had. One that takes too long, which the
+    trial makes unlikely, is left to itself.
+    """
+    results: SimpleQueue[LLMatcher | Exception] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(work())
+        except Exception as error:  # raised below
+            results.put(error)
+
+    before = stack_size(4 * STACK_BYTES)
+    try:
+        Thread(target=run, name="grammar", daemon=True).start()
+    finally:
+        stack_size(before)
+    try:
+        result = results.get(timeout=timeout_s)
+    except Empty:
+        reason = f"it took longer than {timeout_s:.0f} s to compile; write a smaller one"
+        raise _refusal(field, reason) from None
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -1,0 +1,248 @@
+"""What is refused, how fast, and in which words; what a grammar allows, against brute force."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from distllm import RequestError, SamplingParams, StructuredOutputsParams
+from distllm.engine.tokenizers import load_tokenizer
+from distllm.runtime.constraint import Constraint
+from distllm.runtime.grammars import Grammars
+from distllm.runtime.token_masks import apply_masks
+from tests.tokenizers import KINDS, LOSSLESS
+
+EOS = 256
+TOKENS = [*(bytes([byte]) for byte in range(256)), b"", b"ab", b"ba", b"a", "é".encode(), b"", b"cab"]
+
+
+class Bytes:
+    """All bytes, some words, a byte twice, an id without a token."""
+
+    special_tokens: ClassVar = {"<|end|>": EOS}
+    stop_token_ids: frozenset[int] = frozenset()
+    vocab_size = len(TOKENS)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return TOKENS[token_id] if token_id < len(TOKENS) else b""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return Grammars(Bytes(), 270, [EOS])  # type: ignore[arg-type]
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def cyclic() -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "array"}
+    schema["items"] = schema
+    return schema
+
+
+PLACES = {f"p{i}": {"type": "string"} for i in range(300_000)}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "two": ({"regex": "a", "json_object": True}, "has json_object and regex; give exactly one of json"),
+    "none": ({}, "has nothing; give exactly one"),
+    "no bool": ({"json_object": 1}, "json_object is 1; it must be True or False"),
+    "deep": ({"json": nested(1000)}, "json is nested 101 deep or more; at most 100 is allowed"),
+    "very deep": ({"json": nested(100_000)}, "json is nested 101 deep or more"),
+    "deep text": ({"json": '{"items":' * 1000 + "1" + "}" * 1000}, "json is nested 1000 deep"),
+    "deep in a list": ({"json": {"anyOf": json.loads("[" * 900 + "]" * 900)}}, "json is nested 101 deep"),
+    "cyclic": ({"json": cyclic()}, "json is nested 101 deep or more"),
+    "10 MB": ({"json": {"properties": PLACES}}, "json has 1310.. characters or more; at most 131072"),
+    "10 MB text": ({"json": '{"a": "' + "x" * 10**7 + '"}'}, r"json has 10000009 characters; .* 1 to 131072"),
+    "quotes": ({"json": '"' + '\\"' * 60_000}, "json is no JSON"),
+    "no JSON": ({"json": "{"}, "json is no JSON: Expecting property name"),
+    "a list": ({"json": "[]"}, r"json is \[\]; it must be a JSON schema, which is an object"),
+    "a set": ({"json": {"enum": {1}}}, "json is no JSON: "),
+    "NaN": ({"json": {"const": float("nan")}}, "json cannot be used: "),
+    "unsupported": ({"json": {"type": "array", "uniqueItems": True}}, r'cannot be used: .*\["uniqueItems"\]'),
+    "no type": ({"json": {"type": "text"}}, "json cannot be used: Invalid type: text"),
+    "remote": ({"json": {"$ref": "http://localhost/x"}}, "json cannot be used: Resource"),
+    "impossible": ({"json": {"type": "integer", "minimum": 3, "maximum": 2}}, "cannot be used: Unsatisf"),
+    "endless": ({"json": {"$ref": "#"}}, "json cannot be used: "),
+    "open": ({"regex": "(a"}, "regex cannot be used: error: unclosed group"),
+    "look-around": ({"regex": "(?=a)b"}, "regex cannot be used: error: look-around"),
+    "long": ({"regex": "a" * 10_000}, "regex has 10000 characters; it must have 1 to 8192"),
+    "empty": ({"regex": ""}, "regex has 0 characters; it must have 1 to 8192"),
+    "no text": ({"regex": 3}, "regex is 3; it must be a string"),
+    "half": ({"regex": "\ud800"}, "regex is no Unicode text"),
+    "nested groups": ({"regex": "(" * 4000 + "a" + ")" * 4000}, "regex cannot be used: error: exceed"),
+    "choices": ({"choice": ["a"] * 2000}, "choice has 2000 entries; at most 1024 are allowed"),
+    "no choice": ({"choice": []}, "choice is empty"),
+    "a text": ({"choice": "abc"}, "choice is 'abc'; it must be a list"),
+    "bad choice": ({"choice": ["a", 1]}, r"choice\[1\] is 1; it must be a string"),
+    "long choices": ({"choice": ["a" * 1024] * 1024}, "choice has 1048576 characters or more"),
+    "Lark": ({"grammar": "start: foo"}, "grammar cannot be used: .*unknown name"),
+    "Lark quote": ({"grammar": 'start: "a'}, "grammar cannot be used: .*lexer error"),
+    "EBNF": ({"grammar": "root ::= ("}, "grammar cannot be used: "),
+    "brackets": ({"grammar": "start: " + "(" * 60_000}, "grammar is nested 60000 deep"),
+    "schema inside": ({"grammar": "start: %json " + '{"items":' * 500}, "grammar is nested 500 deep"),
+    "the stack": (
+        {"grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(7000)) + 'r7000: "a"'},
+        "grammar cannot be used: to compile it takes more than 1 s or 1024 MiB; simplify it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_inputs_are_refused_at_once_in_one_line(grammars: Grammars, name: str) -> None:
+    wrong, text = REFUSED[name]
+    start = time.perf_counter()
+    with pytest.raises(RequestError, match=f"^structured_outputs.*{text}") as refused:
+        grammars.constraints(StructuredOutputsParams(**wrong), 1, 0, [EOS])
+    took = time.perf_counter() - start
+    print(f"{name}: {took * 1e3:.1f} ms")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+    assert took < 1.0  # 0.1 with the cores free
+
+
+def test_a_grammar_without_an_end_is_refused_after_its_time(grammars: Grammars) -> None:
+    costly = StructuredOutputsParams(json={"type": "integer", "multipleOf": 99_999_989})
+    start = time.perf_counter()
+    with pytest.raises(RequestError, match="to compile it takes more than 1 s or 1024 MiB; simplify it"):
+        grammars.constraints(costly, 1, 0, [EOS])
+    assert time.perf_counter() - start < 3
+    assert grammars.constraints(StructuredOutputsParams(regex="a"), 1, 0, [EOS])  # the next one is not harmed
+
+
+@pytest.mark.parametrize("regex", ["(a+)+$", "(x+x+)+y", "(a|a)*b", "(.*a){50}", "a{1,10000}{1,10000}"])
+def test_what_makes_other_engines_backtrack_is_harmless(grammars: Grammars, regex: str) -> None:
+    rng = random.Random(0)
+    start = time.perf_counter()
+    (constraint,) = grammars.constraints(StructuredOutputsParams(regex=regex), 1, 0, [EOS])
+    for _ in range(60):
+        if constraint.error is None and (inside := allowed(constraint) - {EOS}):
+            constraint.advance(rng.choice(sorted(inside)))
+    assert time.perf_counter() - start < 1
+
+
+def allowed(constraint: Constraint) -> set[int]:
+    bits = np.unpackbits(np.frombuffer(constraint.mask, dtype=np.uint8), bitorder="little")
+    return set(np.flatnonzero(bits).tolist())
+
+
+WORDS = ["a", "ab", "abc", "cab", "b", "éa", "é"]
+LANGUAGES: list[tuple[dict[str, Any], Callable[[str], object]]] = [
+    ({"regex": "(ab|ba)?a*c?"}, re.compile("(ab|ba)?a*c?").fullmatch),
+    ({"regex": "é?[aé]{2,3}"}, re.compile("é?[aé]{2,3}").fullmatch),
+    ({"choice": WORDS}, WORDS.__contains__),
+    ({"grammar": 'start: "c" | "a" inner "b"\ninner: "c" | "a" "c" "b"'}, ["c", "acb", "aacbb"].__contains__),
+]
+
+
+@pytest.mark.parametrize(("form", "accepts"), LANGUAGES)
+def test_masks_are_what_the_language_lets_follow(
+    grammars: Grammars, form: dict[str, Any], accepts: Callable[[str], object]
+) -> None:
+    """After every text of up to two letters: each token allowed begins the rest of a word, each first byte of
+    a rest is some token's, and the end is allowed after a word."""
+    texts = ["".join(letters) for n in range(6) for letters in product("abcé", repeat=n)]
+    language = [text.encode() for text in texts if accepts(text)]
+    for known in (text.encode() for text in texts if len(text) <= 2):
+        rests = [word[len(known) :] for word in language if word.startswith(known)]
+        (constraint,) = grammars.constraints(StructuredOutputsParams(**form), 1, 0, [EOS])
+        if not follow(constraint, known):
+            assert not rests, known
+            continue
+        tokens = [TOKENS[n] for n in allowed(constraint) - {EOS}]
+        assert all(any(rest.startswith(token) for rest in rests) for token in tokens), known
+        assert {token[0] for token in tokens} == {rest[0] for rest in rests if rest}, known
+        assert (EOS in allowed(constraint)) == (b"" in rests), known
+
+
+def follow(constraint: Constraint, text: bytes) -> bool:
+    """Whether the constraint lets these bytes come, one after the other."""
+    for byte in text:
+        if byte not in allowed(constraint):
+            return False
+        constraint.advance(byte)
+    return True
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSLESS))
+def test_every_kind_of_tokenizer_spells_it(kind: str, tmp_path: Path) -> None:
+    """Where one text is left, too: some tokenizers would begin it with a blank."""
+    KINDS[kind](tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    eos = max(tokenizer.special_tokens.values())
+    made = Grammars(tokenizer, tokenizer.vocab_size + 5, [eos])
+    choice = ["abc xyz. 漢", "abcd", " the cat 🙂"]
+    rng = random.Random(0)
+    for constraint in made.constraints(StructuredOutputsParams(choice=choice), 20, 0, [eos]):
+        written = b""
+        while (token_id := rng.choice(sorted(allowed(constraint)))) != eos:
+            written += tokenizer.token_bytes(token_id)
+            constraint.advance(token_id)
+            assert constraint.error is None
+        assert written.decode() in choice
+
+
+def test_min_tokens_keeps_the_end_away_while_anything_else_is_left(grammars: Grammars) -> None:
+    (constraint,) = grammars.constraints(StructuredOutputsParams(regex="a{0,2}"), 1, 9, [EOS, 98])
+    seen = []
+    for _ in range(3):
+        seen.append(EOS in allowed(constraint))
+        if not seen[-1]:
+            constraint.advance(97)
+    assert seen == [False, False, True]
+
+
+def test_equal_grammars_are_compiled_once_and_samples_are_apart(grammars: Grammars) -> None:
+    form = StructuredOutputsParams(regex="[ab]{9}c")
+    first, second = grammars.constraints(form, 2, 0, [EOS])
+    first.advance(97)
+    assert allowed(second) == allowed(grammars.constraints(form, 1, 0, [EOS])[0])
+    before = grammars._matcher.cache_info().hits
+    grammars.constraints(form, 1, 0, [EOS])
+    assert grammars._matcher.cache_info().hits == before + 1
+
+
+def test_a_model_that_cannot_be_held_to_a_form() -> None:
+    form = StructuredOutputsParams(regex="a")
+    with pytest.raises(RequestError, match="need a tokenizer"):
+        Grammars(None, 270, [EOS]).constraints(form, 1, 0, [])
+    with pytest.raises(RequestError, match="need an end-of-sequence token"):
+        Grammars(Bytes(), 270, []).constraints(form, 1, 0, [])  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="ignore_eos is True; structured_outputs end with eos"):
+        SamplingParams(structured_outputs=form, ignore_eos=True)
+    with pytest.raises(RequestError, match="it must be a StructuredOutputsParams"):
+        SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_on_the_device(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    for vocab_size in (1, 31, 32, 33, 270, 1000):
+        logits = torch.randn(6, vocab_size).to(dtype)
+        bits = rng.random((3, -(-vocab_size // 32) * 32)) < 0.5
+        packed = np.packbits(bits, axis=1, bitorder="little")
+        slots, kept = [9, 4, 7, 0, 2, 5], logits.clone()
+        masks = {slot: row.tobytes() for slot, row in zip((0, 9, 4), packed, strict=True)}
+        found = apply_masks(logits, slots, masks)
+        expected = logits.float().numpy().copy()
+        for row, of in ((3, 0), (0, 1), (1, 2)):
+            expected[row, ~bits[of, :vocab_size]] = -np.inf
+        assert np.array_equal(found.float().numpy(), expected) and found.dtype == dtype
+        assert torch.equal(logits, kept)
+        assert apply_masks(logits, [8, 3, 1, 6, 10, 11], masks) is logits
