@@ -122,7 +122,7 @@ class StepPlan:
     @property
     def scored_rows(self) -> list[tuple[int, PrefillRow]]:
         """(where in the batch its tokens begin, the row) of those that score tokens of their prompt."""
-        begins = self.cu_seqlens[len(self.decode_slots) :]
+        begins = accumulate((row.num_tokens for row in self.prefills), initial=len(self.decode_slots))
         return [(begin, row) for begin, row in zip(begins, self.prefills, strict=False) if row.num_scored]
 
     @property
