@@ -11,7 +11,11 @@ import pytest
 
 HEAVY = {"torch", "mpi4py", "tokenizers", "safetensors", "transformers", "rich", "numpy", "asyncio"}
 
-PLAIN = ("request", "block_manager", "scheduler", "plan", "plan_codec", "outputs", "sampling_params")
+PLAIN = (
+    "request", "block_manager", "scheduler", "plan", "plan_codec", "outputs", "sampling_params",
+    "logit_controls", "beam_search", "beam_search_params", "beam_group", "structured_outputs",
+    "constraint", "grammar_trial",
+)  # fmt: skip
 
 REPORT = """
 import json, sys, threading
