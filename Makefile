@@ -17,10 +17,11 @@ demo: .venv/ready
 	launch/mpirun.sh -n 4 python examples/demo.py
 
 test: lint .mpich/ready
-	pytest
+	pytest -n auto tests/kernels tests/unit
+	pytest tests/mpi tests/e2e tests/gpu
 
 unit: .venv/ready
-	pytest tests/unit -m "not slow"
+	pytest -n auto tests/unit -m "not slow"
 
 # Through a variable: a failing command must not leave an empty document.
 docs: .venv/ready

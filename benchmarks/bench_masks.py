@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from distllm.runtime.constraint import Constraint, ConstraintThreads
-from distllm.runtime.grammars import Grammars
 from distllm.runtime.plan import RowSampling, StepPlan
 from distllm.runtime.plan_codec import decode_message, encode
 from distllm.runtime.request import Request
-from distllm.runtime.structured_outputs import StructuredOutputsParams
+from distllm.runtime.structured.constraint import Constraint, ConstraintThreads
+from distllm.runtime.structured.grammars import Grammars
+from distllm.runtime.structured.structured_outputs import StructuredOutputsParams
 
 BATCH_SIZE, VOCAB_SIZE, NUM_STEPS = 64, 128_000, 200
 EOS = VOCAB_SIZE - 1

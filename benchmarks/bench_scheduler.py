@@ -18,7 +18,7 @@ from distllm.runtime.generation import Generation
 from distllm.runtime.plan import RowSampling, StepResult
 from distllm.runtime.plan_codec import decode_message, encode
 from distllm.runtime.request import Request
-from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.sampling.sampling_params import SamplingParams
 from distllm.runtime.scheduler import AcceptedToken, Scheduler, SchedulerConfig
 
 BATCH_SIZES = (1, 32, 256)

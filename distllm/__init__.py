@@ -18,7 +18,7 @@ from distllm.errors import (
     RequestError,
     UserError,
 )
-from distllm.runtime.beam_search_params import BeamSearchParams
+from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.outputs import (
     BeamSearchOutput,
     BeamSearchSequence,
@@ -27,8 +27,8 @@ from distllm.runtime.outputs import (
     RequestOutput,
     ScoreOutput,
 )
-from distllm.runtime.sampling_params import SamplingParams
-from distllm.runtime.structured_outputs import StructuredOutputsParams
+from distllm.runtime.sampling.sampling_params import SamplingParams
+from distllm.runtime.structured.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from distllm.runtime.llm import LLM

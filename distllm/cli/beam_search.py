@@ -12,7 +12,7 @@ from distllm.cli.generate import check_prompts, parse_token_ids
 from distllm.cli.options import engine_options
 from distllm.cli.progress import show_progress
 from distllm.env import launcher_identity
-from distllm.runtime.beam_search_params import BeamSearchParams
+from distllm.runtime.beams.beam_search_params import BeamSearchParams
 
 if TYPE_CHECKING:
     from distllm.runtime.outputs import BeamSearchOutput

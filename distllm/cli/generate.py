@@ -12,8 +12,8 @@ import click
 from distllm.cli.options import engine_options, sampling_options
 from distllm.cli.progress import show_progress
 from distllm.env import launcher_identity
-from distllm.runtime.sampling_params import SamplingParams
-from distllm.runtime.structured_outputs import MAX_GRAMMAR_CHARS, StructuredOutputsParams
+from distllm.runtime.sampling.sampling_params import SamplingParams
+from distllm.runtime.structured.structured_outputs import MAX_GRAMMAR_CHARS, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from distllm.runtime.llm import LLM

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from distllm.config import DTYPES, EngineConfig
-from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.sampling.sampling_params import SamplingParams
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

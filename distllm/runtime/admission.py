@@ -12,16 +12,16 @@ from typing import Any, TypeAlias, TypeVar
 
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
-from distllm.runtime.beam_generation import BeamGeneration
-from distllm.runtime.beam_search import count_candidates
-from distllm.runtime.beam_search_params import BeamSearchParams
-from distllm.runtime.constraint import Constraint
+from distllm.runtime.beams.beam_generation import BeamGeneration
+from distllm.runtime.beams.beam_search import count_candidates
+from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.generation import Generation
-from distllm.runtime.grammars import Grammars
-from distllm.runtime.logit_controls import NO_CONTROLS, LogitControls
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.request import Request
-from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.sampling.logit_controls import NO_CONTROLS, LogitControls
+from distllm.runtime.sampling.sampling_params import SamplingParams
+from distllm.runtime.structured.constraint import Constraint
+from distllm.runtime.structured.grammars import Grammars
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 

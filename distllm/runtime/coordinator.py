@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from distllm.comm.base import Control
 from distllm.comm.fatal import set_step
 from distllm.errors import RequestError
-from distllm.runtime.constraint import ConstraintThreads
 from distllm.runtime.generation import Generation
 from distllm.runtime.model_runner import ModelRunner
 from distllm.runtime.plan_codec import encode, encode_end, encode_error
 from distllm.runtime.request import Request
 from distllm.runtime.scheduler import AcceptedToken, Scheduler
+from distllm.runtime.structured.constraint import ConstraintThreads
 
 # What a step consists of on rank 0, in order. In "wait" the host waits for the device, or finds it done.
 PARTS = ("schedule", "broadcast", "launch", "wait", "update", "deliver")

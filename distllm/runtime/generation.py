@@ -12,7 +12,7 @@ from distllm.runtime.detokenizer import Detokenizer, StopStrings
 from distllm.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 from distllm.runtime.plan import TokenLogprobs
 from distllm.runtime.request import Request
-from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.sampling.sampling_params import SamplingParams
 
 
 @dataclass(slots=True)

@@ -33,15 +33,19 @@ from distllm.models.decoder import Decoder
 from distllm.models.shards import check_layout, shard_table
 from distllm.parallel.layout import RankLayout
 from distllm.runtime.admission import Admission, Prompt
-from distllm.runtime.beam_generation import BeamGeneration
-from distllm.runtime.beam_search_params import BeamSearchParams
-from distllm.runtime.controlled_rows import LogitsProcessor
+from distllm.runtime.beams.beam_generation import BeamGeneration
+from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.coordinator import Coordinator, Watch
 from distllm.runtime.generation import Generation
 from distllm.runtime.kv_memory import allocate_kv_cache, kv_block_count
 from distllm.runtime.model_runner import ModelRunner
 from distllm.runtime.outputs import BeamSearchOutput, RequestOutput, ScoreOutput, score_output
-from distllm.runtime.sampling_params import GENERATION_FIELDS, SamplingParams, default_sampling_params
+from distllm.runtime.sampling.controlled_rows import LogitsProcessor
+from distllm.runtime.sampling.sampling_params import (
+    GENERATION_FIELDS,
+    SamplingParams,
+    default_sampling_params,
+)
 from distllm.runtime.scheduler import Scheduler, SchedulerConfig
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.worker import run_worker

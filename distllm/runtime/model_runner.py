@@ -20,11 +20,11 @@ from distllm.kernels import compile_together, gather_batch
 from distllm.kernels.batch import TokenBatch
 from distllm.models.decoder import Decoder
 from distllm.parallel.layout import RankLayout
-from distllm.runtime.controlled_rows import LogitsProcessor
 from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs
 from distllm.runtime.plan import StepPlan, StepResult, TokenLogprobs
-from distllm.runtime.sampled import Logprobs, Sampled, SampledRows
-from distllm.runtime.sampler import Sampler, num_top_logprobs
+from distllm.runtime.sampling.controlled_rows import LogitsProcessor
+from distllm.runtime.sampling.sampled import Logprobs, Sampled, SampledRows
+from distllm.runtime.sampling.sampler import Sampler, num_top_logprobs
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import HostCopy, to_device
 

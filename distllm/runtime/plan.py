@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from distllm.runtime.logit_controls import LogitControls
+from distllm.runtime.sampling.logit_controls import LogitControls
 
 
 @dataclass(frozen=True)

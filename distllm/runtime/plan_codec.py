@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from distllm.errors import DistllmError
-from distllm.runtime.logit_controls import LogitControls
 from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, StepPlan
+from distllm.runtime.sampling.logit_controls import LogitControls
 
 Words = npt.NDArray[np.int32]
 

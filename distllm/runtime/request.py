@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from distllm.runtime.plan import RowSampling
 
 if TYPE_CHECKING:
-    from distllm.runtime.beam_group import BeamGroup
-    from distllm.runtime.constraint import Constraint
+    from distllm.runtime.beams.beam_group import BeamGroup
+    from distllm.runtime.structured.constraint import Constraint
 
 
 class RequestStatus(Enum):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from sys import maxsize
 
-from distllm.runtime.beam_group import BeamGroup, common_length
+from distllm.runtime.beams.beam_group import BeamGroup, common_length
 from distllm.runtime.block_tables import BlockTables
 from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.request import Request, RequestStatus

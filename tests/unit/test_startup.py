@@ -12,9 +12,9 @@ import pytest
 HEAVY = {"torch", "mpi4py", "tokenizers", "safetensors", "transformers", "rich", "numpy", "asyncio"}
 
 PLAIN = (
-    "request", "block_manager", "scheduler", "plan", "plan_codec", "outputs", "sampling_params",
-    "logit_controls", "beam_search", "beam_search_params", "beam_group", "structured_outputs",
-    "constraint", "grammar_trial",
+    "request", "block_manager", "scheduler", "plan", "plan_codec", "outputs", "sampling.sampling_params",
+    "sampling.logit_controls", "beams.beam_search", "beams.beam_search_params", "beams.beam_group",
+    "structured.structured_outputs", "structured.constraint", "structured.grammar_trial",
 )  # fmt: skip
 
 REPORT = """

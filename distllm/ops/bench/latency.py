@@ -16,7 +16,7 @@ from distllm.errors import ConfigError
 from distllm.ops.bench.floors import Floors
 from distllm.ops.bench.timing import Summary, summarize
 from distllm.runtime.llm import LLM
-from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.sampling.sampling_params import SamplingParams
 
 NUM_STEADY_STEPS = 8  # of the shorter call, beyond the steps in which prompts are still computed
 NUM_FIRST_TOKENS = 4  # of a request whose first token is timed: it goes on, as a user's would

@@ -9,7 +9,7 @@ import pytest
 
 from distllm.errors import RequestError
 from distllm.runtime.admission import Admission
-from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.sampling.sampling_params import SamplingParams
 
 
 def admission(**overrides: Any) -> Admission:

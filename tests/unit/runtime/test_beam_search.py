@@ -14,7 +14,7 @@ from distllm import LLM, BeamSearchOutput, BeamSearchParams, RequestError, Sampl
 from distllm.comm.local import LocalControl, run_ranks
 from distllm.engine import eos_token_ids, resolve_model
 from distllm.engine.tokenizers import load_tokenizer
-from distllm.runtime.beam_search import BeamSearch
+from distllm.runtime.beams.beam_search import BeamSearch
 from distllm.runtime.plan import TokenLogprobs
 from distllm.runtime.scheduler import Scheduler
 from tests.beam_cases import Case, Found, cases, reference

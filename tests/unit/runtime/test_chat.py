@@ -12,7 +12,7 @@ import pytest
 from distllm import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
 from distllm.comm.local import LocalControl, run_ranks
 from distllm.engine.tokenizers import load_tokenizer
-from distllm.runtime.sampling_params import default_sampling_params
+from distllm.runtime.sampling.sampling_params import default_sampling_params
 from tests.checkpoints import make_llama
 from tests.tokenizers import byte_level, rank_lines, write_json
 

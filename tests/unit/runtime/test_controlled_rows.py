@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from distllm.kernels.reference.truncation import keep_typical, lowest_kept
-from distllm.runtime import controlled_rows
-from distllm.runtime.controlled_rows import ControlledRows, History
-from distllm.runtime.logit_controls import NO_CONTROLS, LogitControls
+from distllm.runtime.sampling import controlled_rows
+from distllm.runtime.sampling.controlled_rows import ControlledRows, History
+from distllm.runtime.sampling.logit_controls import NO_CONTROLS, LogitControls
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 13  # small: tokens and n-grams do repeat

@@ -17,9 +17,9 @@ import torch
 
 from distllm import RequestError, SamplingParams, StructuredOutputsParams
 from distllm.engine.tokenizers import load_tokenizer
-from distllm.runtime.constraint import Constraint
-from distllm.runtime.grammars import Grammars
-from distllm.runtime.token_masks import apply_masks
+from distllm.runtime.sampling.token_masks import apply_masks
+from distllm.runtime.structured.constraint import Constraint
+from distllm.runtime.structured.grammars import Grammars
 from tests.tokenizers import KINDS, LOSSLESS
 
 EOS = 256

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distllm.errors import DistllmError
-from distllm.runtime.logit_controls import LogitControls
 from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, StepPlan
 from distllm.runtime.plan_codec import End, Error, decode_message, encode, encode_end, encode_error
+from distllm.runtime.sampling.logit_controls import LogitControls
 
 ids = st.integers(0, 2**31 - 1)
 tuples_of_ids = st.lists(ids, max_size=9).map(tuple)

@@ -11,7 +11,7 @@ import torch
 
 from distllm import LLM, SamplingParams
 from distllm.comm.local import LocalControl, run_ranks
-from distllm.runtime import sampler
+from distllm.runtime.sampling import sampler
 from tests.checkpoints import make_llama
 
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distllm.errors import RequestError
-from distllm.runtime.sampling_params import SamplingParams
+from distllm.runtime.sampling.sampling_params import SamplingParams
 
 INF, NAN = float("inf"), float("nan")
 NUMBERS = (

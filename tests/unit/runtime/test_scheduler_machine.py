@@ -25,9 +25,9 @@ from hypothesis.stateful import (
 )
 
 from distllm.errors import RequestError
-from distllm.runtime.beam_group import BeamGroup
-from distllm.runtime.beam_search import BeamSearch
-from distllm.runtime.beam_search_params import BeamSearchParams
+from distllm.runtime.beams.beam_group import BeamGroup
+from distllm.runtime.beams.beam_search import BeamSearch
+from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.block_manager import extend_digests
 from distllm.runtime.plan import PrefillRow, RowInit, RowSampling, StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.plan_codec import decode_message, encode

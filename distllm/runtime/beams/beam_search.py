@@ -10,7 +10,7 @@ from heapq import merge
 from itertools import islice
 from typing import NamedTuple
 
-from distllm.runtime.beam_search_params import BeamSearchParams
+from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.plan import TokenLogprobs
 
 

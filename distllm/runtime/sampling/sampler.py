@@ -8,12 +8,12 @@ import torch
 
 from distllm.kernels import keep_typical, lowest_kept, sample_tokens, token_logprobs
 from distllm.parallel.vocab import VocabParallelHead
-from distllm.runtime.controlled_rows import ControlledRows, History, LogitsProcessor
 from distllm.runtime.plan import RowSampling
-from distllm.runtime.sampled import Logprobs, Sampled
+from distllm.runtime.sampling.controlled_rows import ControlledRows, History, LogitsProcessor
+from distllm.runtime.sampling.sampled import Logprobs, Sampled
+from distllm.runtime.sampling.token_masks import apply_masks
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import to_device
-from distllm.runtime.token_masks import apply_masks
 
 SCORED_ROWS = 128  # tokens of prompts whose logits exist at a time
 

@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING
 
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
-from distllm.runtime.constraint import Constraint
-from distllm.runtime.grammar_trial import STACK_BYTES, GrammarTrial, make_grammar, one_line, parser_limits
-from distllm.runtime.structured_outputs import StructuredOutputsParams
+from distllm.runtime.structured.constraint import Constraint
+from distllm.runtime.structured.grammar_trial import (
+    STACK_BYTES,
+    GrammarTrial,
+    make_grammar,
+    one_line,
+    parser_limits,
+)
+from distllm.runtime.structured.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

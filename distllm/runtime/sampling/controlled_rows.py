@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from distllm.runtime.logit_controls import LogitControls
+from distllm.runtime.sampling.logit_controls import LogitControls
 from distllm.runtime.staging import to_device
 
 LogitsProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]

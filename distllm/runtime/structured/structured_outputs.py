@@ -1,7 +1,7 @@
 """StructuredOutputsParams: the form that a text must have. Field names as in vLLM.
 
 Checks sizes and nesting before anything parses or recurses; whether the grammar itself is right is found out
-by runtime.grammars. Knows no token.
+by runtime.structured.grammars. Knows no token.
 """
 
 from __future__ import annotations

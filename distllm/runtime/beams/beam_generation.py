@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distllm.engine.tokenizers import Tokenizer
-from distllm.runtime.beam_group import BeamGroup
-from distllm.runtime.beam_search import BeamSearch, Hypothesis, count_candidates
-from distllm.runtime.beam_search_params import BeamSearchParams
+from distllm.runtime.beams.beam_group import BeamGroup
+from distllm.runtime.beams.beam_search import BeamSearch, Hypothesis, count_candidates
+from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.outputs import BeamSearchOutput, BeamSearchSequence
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.request import Request

@@ -1,7 +1,7 @@
 """Constraint: what one sequence may say next, from a grammar and the tokens so far. Rank 0 only.
 
 ConstraintThreads take new tokens beside the engine's own thread, so that a slow grammar holds up the requests
-that have one and nobody else. Knows no scheduler; runtime.grammars makes constraints.
+that have one and nobody else. Knows no scheduler; runtime.structured.grammars makes constraints.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
-from distllm.runtime.grammar_trial import one_line
+from distllm.runtime.structured.grammar_trial import one_line
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

@@ -17,7 +17,7 @@ from distllm.runtime.bounds import (
     check_list,
     check_text,
 )
-from distllm.runtime.structured_outputs import StructuredOutputsParams
+from distllm.runtime.structured.structured_outputs import StructuredOutputsParams
 
 MAX_N = 64
 MAX_TEMPERATURE = 100.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from distllm.runtime.beam_search import Child
+from distllm.runtime.beams.beam_search import Child
 from distllm.runtime.plan import TokenLogprobs
 from distllm.runtime.request import Request, RequestStatus
 

@@ -1,7 +1,8 @@
 """A process in which grammars are tried before the engine compiles them: some are small and take gigabytes,
 forever, or the whole stack, and the grammar library gives a thread no way to be stopped.
 
-The file is its own script: it imports nothing of distllm, and so starts fast. runtime.grammars uses it.
+The file is its own script: it imports nothing of distllm, and so starts fast. Started by
+runtime.structured.grammars.
 """
 
 from __future__ import annotations
