@@ -90,7 +90,7 @@ def bench(grammars: Grammars, form: StructuredOutputsParams) -> tuple[list[float
             rows[number] = make_request(grammars, form)
             tokens[number] = choose(rows[number], rng)
         start = time.perf_counter()
-        threads.advance(list(zip(rows, tokens, strict=True)))
+        threads.advance([(row, [token]) for row, token in zip(rows, tokens, strict=True)])
         assert len(threads.collect(10)) == BATCH_SIZE
         between = time.perf_counter()
         masks = {slot: row.constraint.mask for slot, row in enumerate(rows) if row.constraint}

@@ -72,7 +72,7 @@ def time_step(scheduler: Scheduler, owner: Owner, last: StepResult) -> list[int]
     times.append(perf_counter_ns())
     message = encode(plan)
     times.append(perf_counter_ns())
-    tokens = scheduler.update(last)
+    tokens = list(scheduler.update(last))
     times.append(perf_counter_ns())
     deliver(tokens, owner)
     times.append(perf_counter_ns())

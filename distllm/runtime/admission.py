@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+from distllm.config import SpeculativeConfig
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
 from distllm.runtime.beams.beam_generation import BeamGeneration
@@ -20,6 +21,7 @@ from distllm.runtime.plan import RowSampling
 from distllm.runtime.request import Request
 from distllm.runtime.sampling.logit_controls import NO_CONTROLS, LogitControls
 from distllm.runtime.sampling.sampling_params import SamplingParams
+from distllm.runtime.speculation.drafting import Drafting
 from distllm.runtime.structured.constraint import Constraint
 from distllm.runtime.structured.grammars import Grammars
 
@@ -54,8 +56,10 @@ class Admission:
         eos_token_ids: Sequence[int],
         seed: int,
         processors: Sequence[str] = (),
+        speculation: SpeculativeConfig | None = None,
     ) -> None:
         """processors: the names that SamplingParams.logits_processors may hold."""
+        self._speculation = speculation
         self._processors = {name: number for number, name in enumerate(processors)}
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -158,9 +162,15 @@ class Admission:
                     fork_from=requests[0] if requests else None,
                     index=index,
                     constraint=constraints[index],
+                    drafting=self._drafting(params),
                 )
             )
         return requests
+
+    def _drafting(self, params: SamplingParams) -> Drafting | None:
+        if self._speculation is None or not params.speculate:
+            return None
+        return Drafting(limit=self._speculation.num_speculative_tokens)
 
     def _constraints(self, params: SamplingParams, stops: frozenset[int]) -> Sequence[Constraint | None]:
         """One for each sample; None where the text may have any form."""

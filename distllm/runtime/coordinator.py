@@ -7,7 +7,7 @@ while the stages do. Knows no layer and no shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from distllm.comm.base import Control
@@ -21,7 +21,7 @@ from distllm.runtime.scheduler import AcceptedToken, Scheduler
 from distllm.runtime.structured.constraint import ConstraintThreads
 
 # What a step consists of on rank 0, in order. In "wait" the host waits for the device, or finds it done.
-PARTS = ("schedule", "broadcast", "launch", "wait", "update", "deliver")
+PARTS = ("schedule", "broadcast", "launch", "wait", "deliver")
 
 MAX_MASK_WAIT_S = 0.005  # before a step is planned without the requests whose masks are not there
 
@@ -107,13 +107,10 @@ class Coordinator:
             self._runner.run(plan)
         with watch("wait"):
             result = self._runner.result(plan.step - self._pp_size)
-        with watch("update"):
-            scores = self._scheduler.take_scores(result)
-            tokens = self._scheduler.update(result)
-        for request, start, logprobs in scores:
-            owner[request].add_prompt_logprobs(start, logprobs)
         with watch("deliver"):
-            return failed + self._deliver(tokens, owner)
+            for request, start, logprobs in self._scheduler.take_scores(result):
+                owner[request].add_prompt_logprobs(start, logprobs)
+            return failed + self._deliver(self._scheduler.update(result), owner)
 
     def _take_up_masks(self, owner: dict[Request, Generation]) -> list[Generation]:
         """Requests whose masks have come may run again; those that can have none end, and are given back."""
@@ -127,9 +124,9 @@ class Coordinator:
                 failed.append(owner[request])
         return failed
 
-    def _deliver(self, tokens: list[AcceptedToken], owner: dict[Request, Generation]) -> list[Generation]:
+    def _deliver(self, tokens: Iterable[AcceptedToken], owner: dict[Request, Generation]) -> list[Generation]:
         changed: dict[Generation, None] = {}
-        constrained: list[tuple[Request, int]] = []
+        constrained: dict[Request, list[int]] = {}
         for request, token_id, logprobs in tokens:
             generation = owner[request]
             stop = generation.add_token(request, token_id, logprobs)
@@ -137,6 +134,6 @@ class Coordinator:
                 self._scheduler.finish(request, "stop", stop)
             changed[generation] = None
             if request.constraint is not None and request.finish_reason is None:
-                constrained.append((request, token_id))
-        self._constraints.advance(constrained)
+                constrained.setdefault(request, []).append(token_id)
+        self._constraints.advance([each for each in constrained.items() if each[0].finish_reason is None])
         return list(changed)

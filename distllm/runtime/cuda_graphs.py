@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -33,7 +33,28 @@ PROMPT_TOKENS = (
     768,
     896,
     1024,
-)  # beyond, launches hide behind the work
+)  # beyond, launches hide behind work
+VERIFY_ROWS = 64  # of a captured verification: more rows decode as fast without
+VERIFY_TOKENS = (64, 96, 128, 192, 256, 384, 512)
+
+
+@dataclass(frozen=True)
+class PromptShape:
+    """Of prompt steps: rows at most, and the numbers of tokens that are captured."""
+
+    num_rows: int
+    sizes: tuple[int, ...]  # ascending
+    longest: int  # tokens of a step that is rehearsed, captured or not
+
+
+def prompt_shapes(max_tokens: int, verifies: bool) -> list[PromptShape]:
+    """What is captured, the first that fits being the best; max_tokens: of a step. Verifications are prompt
+    steps of a few tokens a row.
+    """
+    few, many = (8, 16, *PROMPT_TOKENS) if verifies else PROMPT_TOKENS, VERIFY_TOKENS if verifies else ()
+    shapes = [PromptShape(PROMPT_ROWS, few, max_tokens), PromptShape(VERIFY_ROWS, many, VERIFY_TOKENS[-1])]
+    fitting = [replace(s, sizes=tuple(n for n in s.sizes if n <= max_tokens)) for s in shapes]
+    return [shape for shape in fitting if shape.sizes or shape.num_rows == PROMPT_ROWS]
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
@@ -49,7 +70,7 @@ class _Captured(Generic[Output]):
 
 
 def _capture_all(
-    step: Callable[[int], Output], sizes: list[int], pool: object
+    step: Callable[[int], Output], sizes: Sequence[int], pool: object
 ) -> dict[int, _Captured[Output]]:
     """The largest first, so that the smaller ones fit into its memory."""
     return {size: _capture(partial(step, size), pool) for size in reversed(sizes)}
@@ -115,42 +136,41 @@ class PromptGraphs(Generic[Output]):
     def __init__(
         self,
         step: Callable[[torch.Tensor, torch.Tensor, int], Output],
-        max_tokens: int,
+        shape: PromptShape,
         padding_slot: int,
         device: torch.device,
     ) -> None:
-        """max_tokens: of the longest prompt step, captured or not."""
-        self._inputs = torch.zeros(2 * PROMPT_ROWS + 3, dtype=torch.int32, device=device)
-        slots, cu_seqlens = self._inputs.split([PROMPT_ROWS + 1, PROMPT_ROWS + 2])
+        self._shape = shape
+        self._inputs = torch.zeros(2 * shape.num_rows + 3, dtype=torch.int32, device=device)
+        slots, cu_seqlens = self._inputs.split([shape.num_rows + 1, shape.num_rows + 2])
         self._padding_slot = padding_slot
-        self._max_tokens = max_tokens
-        self._sizes = [size for size in PROMPT_TOKENS if size <= max_tokens]
         self._run = partial(step, slots, cu_seqlens)
         self._captured: dict[int, _Captured[Output]] = {}
 
     def rehearse(self) -> None:
         """As DecodeGraphs.rehearse(); the longest too, since some kernels are for long prompts alone."""
-        for size in self._sizes:
+        for size in self._shape.sizes:
             self._run(size)
-        self._run(self._max_tokens)
+        self._run(self._shape.longest)
 
     def capture(self, pool: object) -> None:
         """Collective, as rehearse()."""
-        self._captured = _capture_all(self._run, self._sizes, pool)
+        self._captured = _capture_all(self._run, self._shape.sizes, pool)
 
     def fits(self, num_rows: int, num_tokens: int) -> bool:
-        return num_rows <= PROMPT_ROWS and bool(self._sizes) and num_tokens <= self._sizes[-1]
+        sizes = self._shape.sizes
+        return num_rows <= self._shape.num_rows and bool(sizes) and num_tokens <= sizes[-1]
 
     def replay(self, slots: Sequence[int], cu_seqlens: Sequence[int]) -> Output:
         """Run rows that fit; cu_seqlens[-1] tokens in all. The output's first rows and tokens are theirs."""
-        size = self._sizes[bisect_left(self._sizes, cu_seqlens[-1])]
+        size = self._shape.sizes[bisect_left(self._shape.sizes, cu_seqlens[-1])]
         self._load(slots, cu_seqlens, size)
         captured = self._captured[size]
         captured.graph.replay()
         return captured.output
 
     def _load(self, slots: Sequence[int], cu_seqlens: Sequence[int], size: int) -> None:
-        idle = PROMPT_ROWS + 1 - len(slots)
+        idle = self._shape.num_rows + 1 - len(slots)
         ends = [*cu_seqlens, *[cu_seqlens[-1]] * (idle - 1), size]
         filled = [*slots, *[self._padding_slot] * idle]
         self._inputs.copy_(to_device(filled + ends, torch.int32, self._inputs.device))

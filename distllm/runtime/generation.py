@@ -131,6 +131,8 @@ class Generation:
             logprobs=sample.logprobs[from_token:] if wants_logprobs else None,
             finish_reason=request.finish_reason,
             stop_reason=self._stop_reason(request),
+            num_draft_tokens=request.drafting.num_drafted if request.drafting else 0,
+            num_accepted_tokens=request.drafting.num_accepted if request.drafting else 0,
         )
 
     def _stop_reason(self, request: Request) -> int | str | None:

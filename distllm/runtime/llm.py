@@ -5,7 +5,6 @@ results.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -21,7 +20,6 @@ from distllm.config import EngineConfig
 from distllm.engine import (
     WeightSource,
     eos_token_ids,
-    load_weights,
     open_source,
     read_generation_config,
     resolve_model,
@@ -29,16 +27,15 @@ from distllm.engine import (
 from distllm.engine.chat import Chat, as_conversations, load_chat_format
 from distllm.engine.tokenizers import load_tokenizer
 from distllm.errors import DistllmError, RequestError, UserError
-from distllm.models.decoder import Decoder
-from distllm.models.shards import check_layout, shard_table
+from distllm.models.shards import check_layout
 from distllm.parallel.layout import RankLayout
 from distllm.runtime.admission import Admission, Prompt
 from distllm.runtime.beams.beam_generation import BeamGeneration
 from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.coordinator import Coordinator, Watch
 from distllm.runtime.generation import Generation
-from distllm.runtime.kv_memory import allocate_kv_cache, kv_block_count
-from distllm.runtime.model_runner import ModelRunner
+from distllm.runtime.kv_memory import kv_block_count
+from distllm.runtime.loaded_model import LoadedModel
 from distllm.runtime.outputs import BeamSearchOutput, RequestOutput, ScoreOutput, score_output
 from distllm.runtime.sampling.controlled_rows import LogitsProcessor
 from distllm.runtime.sampling.sampling_params import (
@@ -47,7 +44,8 @@ from distllm.runtime.sampling.sampling_params import (
     default_sampling_params,
 )
 from distllm.runtime.scheduler import Scheduler, SchedulerConfig
-from distllm.runtime.slots import SlotTables
+from distllm.runtime.speculation.open import load_draft, open_speculation
+from distllm.runtime.speculation.speculation import SpeculationStats
 from distllm.runtime.worker import run_worker
 
 if TYPE_CHECKING:
@@ -126,7 +124,7 @@ class LLM:
         """
         with self._use():
             if not self.is_root:
-                run_worker(self._control, self._runner)
+                run_worker(self._control, *self._runners)
                 return []
             return self._finish(self._admit(lambda: prompts, sampling_params, priority))
 
@@ -147,7 +145,7 @@ class LLM:
         """
         with self._use():
             if not self.is_root:
-                run_worker(self._control, self._runner)
+                run_worker(self._control, *self._runners)
                 return []
 
             def prompts() -> list[Prompt]:
@@ -168,7 +166,7 @@ class LLM:
         """
         with self._use():
             if not self.is_root:
-                run_worker(self._control, self._runner)
+                run_worker(self._control, *self._runners)
                 return []
             searches = self._queue(lambda: self._admission.admit_beams(prompts, params))
             for _ in self._coordinator.run([]):
@@ -183,6 +181,11 @@ class LLM:
         """
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         return [score_output(output) for output in self.generate(prompts, params)]
+
+    def speculation_stats(self) -> SpeculationStats | None:
+        """How guesses have fared since the LLM was made; None without speculative_config. Rank 0 only, not
+        collective."""
+        return self._speculation.stats if self._speculation is not None else None
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What generate() uses where it is given none: the model's generation_config.json over the library's
@@ -204,7 +207,7 @@ class LLM:
         """
         with self._use():
             if not self.is_root:
-                run_worker(self._control, self._runner)
+                run_worker(self._control, *self._runners)
                 return
             generations = self._admit(lambda: prompts, sampling_params, priority)
             with closing(self._coordinator.run(generations)) as changed:
@@ -245,7 +248,8 @@ class LLM:
         forgets.
         """
         if not self._closed and not self._in_use:
-            self._runner.release()
+            for runner in self._runners:
+                runner.release()
             self._channels.close()
             self._control.close()
         self._closed = True
@@ -273,34 +277,27 @@ class LLM:
         device = select_device(control)
         self.config = config.resolve(source.spec.max_position_embeddings)
         self._channels = open_channels(control, self.layout, device)
-        self._runner, num_blocks = self._load(source, device)
+        num_blocks = self._load(source, device)
         agree(control, lambda: self._start_serving(source, num_blocks))
         what = f"{source.path.name}: {layout.equation}, {num_blocks} KV blocks of {config.block_size} tokens"
         logger.info("%s, ready in %.1f s", what, time.perf_counter() - started)
 
-    def _load(self, source: WeightSource, device: torch.device) -> tuple[ModelRunner, int]:
+    def _load(self, source: WeightSource, device: torch.device) -> int:
+        """The model, and the draft model where there is one; returns how many KV blocks each has."""
         control, config, spec = self._control, self.config, source.spec
-        dtype = resolve_dtype(config.dtype, spec.dtype, device)
-        self.spec, self.device, self.dtype = spec, device, dtype
-        shards = shard_table(spec, self.layout)
-        weights = agree(control, lambda: load_weights(source, shards, dtype, device, self._progress))
-        decoder = Decoder(spec, self.layout, weights, self._channels.tp, config.context_len)
-        block_bytes = math.prod(decoder.kv_cache_shape(1, config.block_size)) * dtype.itemsize
-        num_blocks = kv_block_count(config, spec, block_bytes, control, device)
-        kv_shape = decoder.kv_cache_shape(num_blocks + 1, config.block_size)  # one for padding rows
-        kv_cache = allocate_kv_cache(kv_shape, dtype, device)
-        tables = SlotTables(
-            config.max_num_seqs,
-            config.context_len,
-            config.block_size,
-            padding_block=num_blocks,
-            device=device,
+        self.spec, self.device, self.dtype = spec, device, resolve_dtype(config.dtype, spec.dtype, device)
+        context = config.context_len, self.dtype, device
+        model = agree(
+            control,
+            lambda: LoadedModel.load(source, self.layout, self._channels, *context, self._progress),
         )
+        draft = agree(control, lambda: load_draft(config, spec, self._channels, self.layout, *context))
+        models = [model] if draft is None else [model, draft]
+        block_bytes = sum(each.block_bytes(config.block_size) for each in models)
+        num_blocks = kv_block_count(config, spec, block_bytes, control, device)
         processors = list(self._processors.values())
-        runner = ModelRunner(decoder, self.layout, self._channels, tables, kv_cache, processors)
-        if device.type == "cuda" and not config.enforce_eager:
-            runner.capture(config.max_num_seqs, min(config.max_num_batched_tokens, config.context_len))
-        return runner, num_blocks
+        self._runners = [each.start(config, num_blocks, processors) for each in models]
+        return num_blocks
 
     def _start_serving(self, source: WeightSource, num_blocks: int) -> None:
         """Read what every rank is asked for; make what serves requests on rank 0."""
@@ -322,10 +319,13 @@ class LLM:
             sorted(stop for stop in stops if stop < source.spec.vocab_size),
             self.config.seed,
             list(self._processors),
+            self.config.speculation,
         )
 
     def _start_coordinator(self, source: WeightSource, num_blocks: int) -> None:
         config = self.config
+        runner, *drafts = self._runners
+        self._speculation = open_speculation(config, source.spec.vocab_size, self._control, drafts)
         scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
@@ -335,9 +335,10 @@ class LLM:
                 num_blocks=num_blocks,
                 enable_prefix_caching=config.enable_prefix_caching,
                 depth=config.pipeline_parallel_size,
-            )
+            ),
+            self._speculation,
         )
-        self._coordinator = Coordinator(self._control, scheduler, self._runner, config.pipeline_parallel_size)
+        self._coordinator = Coordinator(self._control, scheduler, runner, config.pipeline_parallel_size)
 
     def _chat_prompts(
         self,

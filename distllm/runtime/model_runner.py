@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from distllm.comm.base import Channels
+from distllm.config import EngineConfig
 from distllm.kernels import compile_together, gather_batch
 from distllm.kernels.batch import TokenBatch
 from distllm.models.decoder import Decoder
 from distllm.parallel.layout import RankLayout
-from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs
+from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs, prompt_shapes
 from distllm.runtime.plan import StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.sampling.controlled_rows import LogitsProcessor
 from distllm.runtime.sampling.sampled import Logprobs, Sampled, SampledRows
@@ -58,34 +59,38 @@ class ModelRunner:
         if layout.is_last_stage:
             self._sampler = Sampler(decoder.head, tables, processors)
         self._decodes: DecodeGraphs[_DecodeOutput] | None = None
-        self._prompts: PromptGraphs[tuple[TokenBatch, torch.Tensor]] | None = None
+        self._prompts: list[PromptGraphs[tuple[TokenBatch, torch.Tensor]]] = []
         self._hidden_in: torch.Tensor | None = None  # where captured steps of later stages read
         self._in_flight: deque[SampledRows] = deque()  # first stage, pp > 1: sampled, not received
         self._results: dict[int, tuple[SampledRows, HostCopy]] = {}  # rank 0: received, not read
 
     @torch.inference_mode()
-    def capture(self, max_num_seqs: int, max_tokens: int) -> None:
-        """Capture decodes of up to max_num_seqs rows and prompt steps of up to max_tokens tokens.
+    def capture(self, config: EngineConfig) -> None:
+        """Capture decodes of up to max_num_seqs rows, short prompt steps and verifications.
 
         Collective: every rank of the engine.
         """
-        padding_slot = self._tables.padding_slot
+        padding_slot, max_num_seqs = self._tables.padding_slot, config.max_num_seqs
+        max_tokens = min(config.max_num_batched_tokens, config.context_len)
         if not self._layout.is_first_stage:
             rows = max(max_num_seqs, max_tokens)
             self._hidden_in = self._kv_cache.new_empty(rows, self._decoder.spec.hidden_size)
-        prompts = PromptGraphs(self._prompt, max_tokens, padding_slot, self._device)
+        shapes = prompt_shapes(max_tokens, verifies=config.speculation is not None)
+        prompts = [PromptGraphs(self._prompt, shape, padding_slot, self._device) for shape in shapes]
         decodes = DecodeGraphs(self._decode, max_num_seqs, padding_slot, self._device)
         with compile_together():
-            prompts.rehearse()
+            for graphs in prompts:
+                graphs.rehearse()
             decodes.rehearse()
         pool = torch.cuda.graph_pool_handle()
-        prompts.capture(pool)
+        for graphs in prompts:
+            graphs.capture(pool)
         decodes.capture(pool)
         self._prompts, self._decodes = prompts, decodes
 
     def release(self) -> None:
         """Forget the captured steps. Before the communicators close: NCCL waits until no graph holds them."""
-        self._decodes = self._prompts = None
+        self._decodes, self._prompts = None, []
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> None:
@@ -126,13 +131,14 @@ class ModelRunner:
         padding.
         """
         hidden = self._receive_hidden(plan)
-        if self._prompts is None or not self._prompts.fits(plan.num_rows, plan.num_tokens):
+        fitting = [each for each in self._prompts if each.fits(plan.num_rows, plan.num_tokens)]
+        if not fitting:
             slots = to_device(plan.slots, torch.int64, self._device)
             cu_seqlens = to_device(plan.cu_seqlens, torch.int32, self._device)
             return self._forward(slots, cu_seqlens, plan.num_tokens, len(plan.decode_slots), hidden)
         if hidden is not None and self._hidden_in is not None:
             self._hidden_in[: plan.num_tokens] = hidden
-        batch, hidden = self._prompts.replay(plan.slots, plan.cu_seqlens)
+        batch, hidden = fitting[0].replay(plan.slots, plan.cu_seqlens)
         # Sent on, it would be overwritten by the next replay while it is on its way.
         return batch, hidden if self._layout.is_last_stage else hidden[: plan.num_tokens].clone()
 
@@ -212,8 +218,9 @@ class ModelRunner:
 
     def _sample(self, plan: StepPlan, batch: TokenBatch, hidden: torch.Tensor) -> None:
         """Last stage: sample, and send the ids to the first. First stage: note that they will come."""
-        index = to_device(plan.sampled_rows, torch.int64, self._device)
-        rows = self._sampled_rows(plan, batch.seq_lens[index].long())
+        places = np.array(plan.sampled_places, dtype=np.int64).reshape(-1, 2).T
+        index, back = to_device(places, torch.int64, self._device)
+        rows = self._sampled_rows(plan, batch.seq_lens[index].long() - back)
         if not self._layout.is_last_stage:
             self._expect(rows)
             return
@@ -221,8 +228,8 @@ class ModelRunner:
         if not rows.slots:
             self._pass_on(rows, replace(Sampled.empty(rows, self._device), scores=scores))
             return
-        last_tokens = batch.cu_seqlens_q[1:][index].long() - 1
-        shard = self._decoder.head(hidden[last_tokens])
+        ends = batch.cu_seqlens_q[1:][index].long()
+        shard = self._decoder.head(hidden[ends - 1 - back])
         sampled = self._sampler.sample(shard, rows.slots, rows.positions)
         self._pass_on(rows, replace(sampled, scores=scores))
 

@@ -27,6 +27,8 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None  # one dict for each token of token_ids
     finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while running
     stop_reason: int | str | None = None  # the stop token id or string, or the error; None for eos
+    num_draft_tokens: int = 0  # guessed by speculation, in all so far
+    num_accepted_tokens: int = 0  # of these, the right ones
 
     def finished(self) -> bool:
         return self.finish_reason is not None

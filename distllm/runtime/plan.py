@@ -43,15 +43,24 @@ class RowSampling:
 
 @dataclass(frozen=True)
 class RowInit:
-    """A request enters a slot: whatever the slot held before is gone. Or, with start > 0, a beam goes on from
-    another one's tokens: those before start stay."""
+    """A request enters a slot: whatever the slot held before is gone."""
 
     slot: int
-    token_ids: tuple[int, ...]  # from position start on: prompt, and what was generated
+    token_ids: tuple[int, ...]  # prompt, and what was generated
     num_prompt_tokens: int
     num_computed_tokens: int  # tokens whose KV is already in the blocks (prefix cache, fork)
     sampling: RowSampling
-    start: int = 0
+
+
+@dataclass(frozen=True)
+class RowUpdate:
+    """A row goes on otherwise than the device knows: a beam from another one's tokens, a speculation from
+    drafts or from what was kept of them. Tokens before start and parameters stay."""
+
+    slot: int
+    start: int
+    token_ids: tuple[int, ...]  # from position start on
+    num_computed_tokens: int
 
 
 @dataclass(frozen=True)
@@ -72,13 +81,18 @@ class PrefillRow:
     num_tokens: int
     samples: bool
     num_scored: int = 0  # the first so many tokens give log-probabilities of those behind them, the prompt's
+    num_drafts: int = 0  # the last so many are guesses: they, and the token before them, all sample
+
+    @property
+    def num_sampled(self) -> int:
+        return 1 + self.num_drafts if self.samples else 0
 
 
 @dataclass
 class StepPlan:
-    """One step. Applied in this order: new_rows, block_updates, block_copies, then the rows run together:
-    in each layer every row's KV is written before any row reads, so that a row may share blocks that another
-    row fills in the same step.
+    """One step. Applied in this order: new_rows, row_updates and block_updates, block_copies, then the rows
+    run together: in each layer every row's KV is written before any row reads, so that a row may share blocks
+    that another row fills in the same step.
 
     Batch order: decode_slots, then prefills. Without either there is no forward pass; the step exists so that
     results of earlier steps reach rank 0.
@@ -88,10 +102,11 @@ class StepPlan:
     decode_slots: list[int] = field(default_factory=list)  # ascending; one token each, and all sample
     prefills: list[PrefillRow] = field(default_factory=list)  # in scheduling order
     new_rows: list[RowInit] = field(default_factory=list)
+    row_updates: list[RowUpdate] = field(default_factory=list)
     block_updates: list[BlockUpdate] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)  # (src, dst) block ids
     # slot → which tokens it may sample in this step, where a grammar says so: one bit for each token id, the
-    # lowest first, in whole int32 words; all of one length.
+    # lowest first, in whole int32 words. A mask for each token that the slot samples, one after another.
     token_masks: dict[int, bytes] = field(default_factory=dict)
 
     @property
@@ -116,8 +131,8 @@ class StepPlan:
 
     @property
     def sampled_slots(self) -> list[int]:
-        """Slots that yield a token in this step, in batch order."""
-        return self.decode_slots + [row.slot for row in self.prefills if row.samples]
+        """The slot of each token that is sampled in this step, in batch order."""
+        return self.decode_slots + [row.slot for row in self.prefills for _ in range(row.num_sampled)]
 
     @property
     def scored_rows(self) -> list[tuple[int, PrefillRow]]:
@@ -126,11 +141,13 @@ class StepPlan:
         return [(begin, row) for begin, row in zip(begins, self.prefills, strict=False) if row.num_scored]
 
     @property
-    def sampled_rows(self) -> list[int]:
-        """Where in the batch the sampled slots stand."""
+    def sampled_places(self) -> list[tuple[int, int]]:
+        """Where each of them is sampled: (row of the batch, how many tokens before that row's last)."""
         num_decodes = len(self.decode_slots)
-        sampling = [num_decodes + i for i, row in enumerate(self.prefills) if row.samples]
-        return [*range(num_decodes), *sampling]
+        places = [(row, 0) for row in range(num_decodes)]
+        for number, row in enumerate(self.prefills, num_decodes):
+            places += [(number, back) for back in range(row.num_sampled - 1, -1, -1)]
+        return places
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from distllm.errors import DistllmError
-from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, StepPlan
+from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, RowUpdate, StepPlan
 from distllm.runtime.sampling.logit_controls import LogitControls
 
 Words = npt.NDArray[np.int32]
 
-FORMAT = 0x444C0003  # "DL", then the version of this layout
-_STEP, _END, _ERROR = 1, 2, 3
+FORMAT = 0x444C0004  # "DL", then the version of this layout
+_STEP, _END, _ERROR, _DRAFT = 1, 2, 3, 4
 _HEADER_WORDS = 3
 _SAMPLING = struct.Struct("<qdddd")  # seed, temperature, top_p, min_p, typical_p
 _BIAS = struct.Struct("<id")  # token id, what is added: three words
@@ -41,20 +41,30 @@ class Error:
     text: str
 
 
-def encode(plan: StepPlan) -> Words:
+@dataclass(frozen=True)
+class DraftPlan:
+    """A step of the draft model: for the ranks that have a share of it."""
+
+    plan: StepPlan
+
+
+def encode(plan: StepPlan, *, for_draft: bool = False) -> Words:
     """The plan as one message. Inverse of decode_message."""
     ranges = _slot_ranges(plan.decode_slots)
-    words = [*_words(struct.pack("<q", plan.step)), len(plan.new_rows), len(plan.block_updates)]
-    words += [len(plan.block_copies), len(ranges), len(plan.prefills)]
+    words = [*_words(struct.pack("<q", plan.step)), len(plan.new_rows), len(plan.row_updates)]
+    words += [len(plan.block_updates), len(plan.block_copies), len(ranges), len(plan.prefills)]
     for init in plan.new_rows:
         words += _encode_row_init(init)
+    for row_update in plan.row_updates:
+        words += [row_update.slot, row_update.start, row_update.num_computed_tokens]
+        words += _list(row_update.token_ids)
     for update in plan.block_updates:
         words += [update.slot, update.start, len(update.block_ids), *update.block_ids]
     for pair in (*plan.block_copies, *ranges):
         words += pair
     for row in plan.prefills:
-        words += [row.slot, row.num_tokens, int(row.samples), row.num_scored]
-    return _message(_STEP, words, *_encode_masks(plan.token_masks))
+        words += [row.slot, row.num_tokens, int(row.samples), row.num_scored, row.num_drafts]
+    return _message(_DRAFT if for_draft else _STEP, words, *_encode_masks(plan.token_masks))
 
 
 def encode_end() -> Words:
@@ -66,7 +76,7 @@ def encode_error(text: str) -> Words:
     return _message(_ERROR, [len(data), *_words(data + bytes(-len(data) % 4))])
 
 
-def decode_message(array: Words) -> StepPlan | End | Error:
+def decode_message(array: Words) -> StepPlan | DraftPlan | End | Error:
     """Raises DistllmError for anything that encode, encode_end and encode_error do not write."""
     assert array.dtype == np.int32 and array.ndim == 1, (
         f"a message is 1-D int32, not {array.ndim}-D {array.dtype}"
@@ -130,9 +140,10 @@ class _Reader:
 
 def _decode_step(reader: _Reader) -> StepPlan:
     (step,) = struct.unpack("<q", _bytes(reader.take(2)))
-    num_new, num_updates, num_copies, num_ranges, num_prefills = reader.take(5)
+    num_new, num_row_updates, num_updates, num_copies, num_ranges, num_prefills = reader.take(6)
     plan = StepPlan(step)
     plan.new_rows = [_decode_row_init(reader) for _ in range(num_new)]
+    plan.row_updates = [_decode_row_update(reader) for _ in range(num_row_updates)]
     plan.block_updates = [_decode_block_update(reader) for _ in range(num_updates)]
     plan.block_copies = [_decode_pair(reader) for _ in range(num_copies)]
     for start, count in [_decode_pair(reader) for _ in range(num_ranges)]:
@@ -151,8 +162,9 @@ def _decode_error(reader: _Reader) -> Error:
     return Error(_bytes(reader.take(-(-num_bytes // 4)))[:num_bytes].decode())
 
 
-_DECODERS: dict[int, Callable[[_Reader], StepPlan | End | Error]] = {
+_DECODERS: dict[int, Callable[[_Reader], StepPlan | DraftPlan | End | Error]] = {
     _STEP: _decode_step,
+    _DRAFT: lambda reader: DraftPlan(_decode_step(reader)),
     _END: _decode_end,
     _ERROR: _decode_error,
 }
@@ -162,13 +174,14 @@ def _encode_masks(masks: dict[int, bytes]) -> list[Words]:
     """Nothing where there are none. A mask has thousands of words, which never become Python integers."""
     if not masks:
         return []
+    sizes = [word for slot, mask in masks.items() for word in (slot, len(mask) // 4)]
     bits = np.frombuffer(b"".join(masks.values()), dtype=np.int32)
-    return [np.array([*_list([*masks]), len(bits) // len(masks)], dtype=np.int32), bits]
+    return [np.array([len(masks), *sizes], dtype=np.int32), bits]
 
 
 def _decode_masks(reader: _Reader) -> dict[int, bytes]:
-    slots, (num_words,) = reader.take_list(), reader.take(1)
-    return {slot: reader.take_view(num_words).tobytes() for slot in slots}
+    sizes = [_decode_pair(reader) for _ in range(*reader.take(1))]
+    return {slot: reader.take_view(num_words).tobytes() for slot, num_words in sizes}
 
 
 def _encode_row_init(init: RowInit) -> list[int]:
@@ -177,7 +190,7 @@ def _encode_row_init(init: RowInit) -> list[int]:
         sampling.seed, sampling.temperature, sampling.top_p, sampling.min_p, sampling.typical_p
     )
     return [
-        *(init.slot, init.start, init.num_prompt_tokens, init.num_computed_tokens),
+        *(init.slot, init.num_prompt_tokens, init.num_computed_tokens),
         *_list(init.token_ids),
         *_words(packed),
         *(sampling.top_k, sampling.num_logprobs, sampling.min_tokens, sampling.num_prompt_logprobs),
@@ -205,9 +218,14 @@ def _list(values: Sequence[int]) -> list[int]:
 
 
 def _decode_row_init(reader: _Reader) -> RowInit:
-    slot, start, num_prompt_tokens, num_computed_tokens = reader.take(4)
+    slot, num_prompt_tokens, num_computed_tokens = reader.take(3)
     token_ids, sampling = reader.take_list(), _decode_sampling(reader)
-    return RowInit(slot, token_ids, num_prompt_tokens, num_computed_tokens, sampling, start)
+    return RowInit(slot, token_ids, num_prompt_tokens, num_computed_tokens, sampling)
+
+
+def _decode_row_update(reader: _Reader) -> RowUpdate:
+    slot, start, num_computed_tokens = reader.take(3)
+    return RowUpdate(slot, start, reader.take_list(), num_computed_tokens)
 
 
 def _decode_sampling(reader: _Reader) -> RowSampling:
@@ -241,8 +259,8 @@ def _decode_pair(reader: _Reader) -> tuple[int, int]:
 
 
 def _decode_prefill(reader: _Reader) -> PrefillRow:
-    slot, num_tokens, samples, num_scored = reader.take(4)
-    return PrefillRow(slot, num_tokens, bool(samples), num_scored)
+    slot, num_tokens, samples, num_scored, num_drafts = reader.take(5)
+    return PrefillRow(slot, num_tokens, bool(samples), num_scored, num_drafts)
 
 
 def _slot_ranges(slots: Sequence[int]) -> list[tuple[int, int]]:

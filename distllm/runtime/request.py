@@ -14,6 +14,7 @@ from distllm.runtime.plan import RowSampling
 
 if TYPE_CHECKING:
     from distllm.runtime.beams.beam_group import BeamGroup
+    from distllm.runtime.speculation.drafting import Drafting
     from distllm.runtime.structured.constraint import Constraint
 
 
@@ -24,7 +25,7 @@ class RequestStatus(Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     """token_ids grows by results only; what is planned but not yet known is counted in num_pending.
 
@@ -42,13 +43,16 @@ class Request:
     index: int = 0  # among the n samples of one prompt
     group: BeamGroup | None = None  # the beam search that it is a row of
     constraint: Constraint | None = None  # of a structured output: which tokens may come next
+    drafting: Drafting | None = None  # None: it does not speculate
 
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None  # "stop", "length", "abort" or "error"
     stop_reason: int | str | None = None  # the stop string or the error that ended it
     token_ids: list[int] = field(default_factory=list)  # prompt, then generated
     num_computed_tokens: int = 0  # planned: KV written by the end of the last planned step
-    num_pending: int = 0  # sampled in planned steps whose results have not come
+    num_pending: int = (
+        0  # sampled in planned steps whose results have not come, drafts verified there included
+    )
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache or a fork, at first admission
     slot: int = -1
     block_ids: list[int] = field(default_factory=list)

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from sys import maxsize
 
 from distllm.runtime.beams.beam_group import BeamGroup, common_length
 from distllm.runtime.block_tables import BlockTables
-from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, StepPlan, StepResult, TokenLogprobs
+from distllm.runtime.plan import (
+    BlockUpdate,
+    PrefillRow,
+    RowInit,
+    RowUpdate,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from distllm.runtime.request import Request, RequestStatus
 from distllm.runtime.running import BY_ORDER, BY_SLOT, Running
 from distllm.runtime.scheduler_config import SchedulerConfig
+from distllm.runtime.speculation.drafting import Drafting
+from distllm.runtime.speculation.speculation import Speculation
 
 __all__ = ["AcceptedToken", "Scheduler", "SchedulerConfig", "ScoredPrompt"]
 
@@ -30,8 +40,8 @@ ScoredPrompt = tuple[Request, int, list[TokenLogprobs]]  # of its tokens from th
 
 @dataclass(frozen=True)
 class _Outstanding:
-    """Of a planned step whose results have not come: who sampled, and whose prompts are scored from where on
-    and how far, in batch order.
+    """Of a planned step whose results have not come: whose each sampled token is, and whose prompts are
+    scored from where on and how far, in batch order.
     """
 
     step: int
@@ -42,8 +52,10 @@ class _Outstanding:
 class Scheduler:
     """Use: schedule() a step, run it, then update() with the result of the step `depth` before it."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, speculation: Speculation | None = None) -> None:
         self.config = config
+        self._speculation = speculation
+        self._rolled_back: dict[Request, int] = {}  # of these the ranks believe that more tokens are right
         self._tables = BlockTables(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.step = 0  # the next to be planned
         self._num_arrivals = 0
@@ -97,8 +109,12 @@ class Scheduler:
         plan, self._scored = StepPlan(self.step), []
         branched = self._branch_beams(plan)
         budget = self._schedule_decodes(plan, self.config.max_num_batched_tokens, branched)
+        self._roll_back(plan)
+        num_verified = len(plan.prefills)
         budget = self._schedule_prefills(plan, budget)
         self._admit_waiting(plan, budget)
+        if self._speculation is not None and len(plan.prefills) > num_verified:
+            self._speculation.switch.disturb()
         sampled = [self._running.by_slot[slot] for slot in plan.sampled_slots]
         self._constrain(plan, sampled)
         self._outstanding.append(_Outstanding(plan.step, sampled, self._scored))
@@ -113,7 +129,7 @@ class Scheduler:
         """What may come after a token depends on it: until it is known, and its mask, the others go ahead."""
         for request in sampled:
             if request.constraint is not None:
-                plan.token_masks[request.slot] = request.constraint.mask
+                plan.token_masks.setdefault(request.slot, request.constraint.mask)
                 request.ready_step = NEVER
 
     def _branch_beams(self, plan: StepPlan) -> set[Request]:
@@ -143,26 +159,87 @@ class Scheduler:
     def _update_row(self, plan: StepPlan, row: Request, first_token: int, first_block: int) -> None:
         """Tell the ranks what a row holds from these places on."""
         tokens, blocks = tuple(row.token_ids[first_token:]), tuple(row.block_ids[first_block:])
-        init = RowInit(
-            row.slot, tokens, row.num_prompt_tokens, row.num_computed_tokens, row.sampling, first_token
-        )
-        plan.new_rows.append(init)
+        if first_token:
+            plan.row_updates.append(RowUpdate(row.slot, first_token, tokens, row.num_computed_tokens))
+        else:
+            num_prompt, num_computed = row.num_prompt_tokens, row.num_computed_tokens
+            plan.new_rows.append(RowInit(row.slot, tokens, num_prompt, num_computed, row.sampling))
         if blocks:
             plan.block_updates.append(BlockUpdate(row.slot, first_block, blocks))
 
     def _schedule_decodes(self, plan: StepPlan, budget: int, branched: set[Request]) -> int:
-        """One token each, at most a depth-th of all decodes: the stages' microbatches stay balanced."""
+        """One token each, or drafts besides; at most a depth-th of all decodes: the stages' microbatches stay
+        balanced."""
         decodes = self._running.decodes
         limit = min(budget, -(-len(decodes) // self.config.depth))
         ready = [request for request in decodes if request.ready_step <= self.step]
+        if self._speculation is not None:
+            ready = self._speculation.choose(ready, len(decodes))
         growing = [request for request in ready if request.num_computed_tokens == request.capacity]
         if len(ready) > limit or not self._tables.has_room(len(growing)):
             ready = self._choose_decodes(plan, ready, limit, branched)
         else:  # everybody runs, as nearly always: no need to ask who goes first
             for request in growing:
                 self._grow(plan, request)
-        self._advance_decodes(plan, ready)
-        return budget - len(ready)
+        if self._speculation is None:
+            self._advance_decodes(plan, ready)
+            return budget - len(ready)
+        budget -= len(ready)
+        drafts = self._speculation.propose(self._wanted_drafts(self._speculation, plan, ready, budget))
+        drafts = self._allowed_drafts(plan, drafts)
+        self._advance_decodes(plan, [request for request in ready if request not in drafts])
+        for request, token_ids in drafts.items():
+            budget -= self._verify(plan, request, token_ids)
+        return budget
+
+    def _wanted_drafts(
+        self, speculation: Speculation, plan: StepPlan, requests: list[Request], budget: int
+    ) -> dict[Request, int]:
+        """How many each request can have; blocks are taken for them as far as some are free."""
+        wanted: dict[Request, int] = {}
+        for request in requests:
+            end = len(request.token_ids) + min(budget, speculation.num_wanted(request))
+            while request.capacity < end and self._tables.has_room(1):
+                self._grow(plan, request)
+            count = min(end, request.capacity) - len(request.token_ids)
+            if count > 0:
+                wanted[request] = count
+                budget -= count
+        return wanted
+
+    @staticmethod
+    def _allowed_drafts(
+        plan: StepPlan, drafts: dict[Request, tuple[int, ...]]
+    ) -> dict[Request, tuple[int, ...]]:
+        """Without what grammars forbid."""
+        allowed: dict[Request, tuple[int, ...]] = {}
+        for request, token_ids in drafts.items():
+            if request.constraint is not None:
+                token_ids, plan.token_masks[request.slot] = request.constraint.look_ahead(token_ids)
+            if token_ids:
+                allowed[request] = token_ids
+        return allowed
+
+    def _verify(self, plan: StepPlan, request: Request, drafts: tuple[int, ...]) -> int:
+        """Run the newest token and drafts behind it; return how many those are. Until it is known which are
+        right the request does not run again."""
+        assert request.drafting is not None, "it asked for drafts"
+        start, num_drafts = len(request.token_ids), len(drafts)
+        request.drafting.begin(start, drafts)
+        plan.row_updates.append(RowUpdate(request.slot, start, drafts, request.num_computed_tokens))
+        plan.prefills.append(PrefillRow(request.slot, 1 + num_drafts, True, num_drafts=num_drafts))
+        request.num_computed_tokens += 1 + num_drafts
+        request.num_pending += 1 + num_drafts
+        request.ready_step = NEVER
+        self._rolled_back.pop(request, None)
+        return num_drafts
+
+    def _roll_back(self, plan: StepPlan) -> None:
+        """Tell the ranks how much of these requests is right."""
+        for request, num_computed in self._rolled_back.items():
+            if request.status is RequestStatus.RUNNING:
+                plan.row_updates.append(RowUpdate(request.slot, num_computed, (), num_computed))
+        self._rolled_back.clear()
 
     def _choose_decodes(
         self, plan: StepPlan, ready: list[Request], limit: int, branched: set[Request]
@@ -268,10 +345,13 @@ class Scheduler:
             self._running.hold(row)
 
     def _awaits_leader(self, request: Request, plan: StepPlan) -> bool:
-        """Whether the prompt to be shared is not computed yet, or in this very step: too late for copies."""
+        """Whether the prompt to be shared is not computed yet, or in this very step: too late for copies. A
+        leader that enters now may have found blocks that another request computes now."""
         leader = request.fork_from
         if leader is None or leader.status not in (RequestStatus.WAITING, RequestStatus.RUNNING):
             return False
+        if any(row.slot == leader.slot for row in plan.new_rows):
+            return True
         in_this_step = sum(row.num_tokens for row in plan.prefills if row.slot == leader.slot)
         in_this_step += leader.slot in plan.decode_slots
         return leader.num_computed_tokens - in_this_step < leader.num_prompt_tokens
@@ -339,33 +419,58 @@ class Scheduler:
         scored = self._outstanding[0].scored
         return [(request, start, list(islice(scores, count))) for request, start, count in scored]
 
-    def update(self, result: StepResult) -> list[AcceptedToken]:
-        """Take the results of the steps in order; before step 0 they are empty. Tokens of requests that have
-        finished meanwhile are dropped, those of beams go to their search."""
+    def update(self, result: StepResult) -> Iterator[AcceptedToken]:
+        """Take the results of the steps in order; before step 0 they are empty. Yields each token that counts
+        when it has become the last of its request, which may be ended before the next one is asked for.
+        Tokens of requests that have finished meanwhile are dropped, those of beams go to their search.
+
+        To be exhausted before the next step is planned.
+        """
         if result.step < 0:
-            return []
+            return
         outstanding = self._outstanding.popleft()
         step, requests = outstanding.step, outstanding.sampled
         assert step == result.step, f"result of step {result.step} came, {step} is next"
         assert step + self.config.depth <= self.step, f"tokens of step {step} are not on the first stage yet"
-        accepted: list[AcceptedToken] = []
         running = RequestStatus.RUNNING
         logprobs = result.logprobs or [None] * len(requests)
         for entry in zip(requests, result.token_ids, logprobs, strict=True):
-            request, token_id, entry_logprobs = entry
+            request = entry[0]
             request.num_pending -= 1
-            if request.status is not running and not self._wants_late_token(request):
+            wanted = request.status is running or self._wants_late_token(request)
+            if request.drafting is not None and request.drafting.token_ids:
+                wanted = self._take_verified(request, request.drafting) and wanted
+            if not wanted:
                 continue
             if request.group is not None:
-                self._take_beam(request, request.group, entry_logprobs)
+                self._take_beam(request, request.group, entry[2])
             else:
-                request.token_ids.append(token_id)
-                accepted.append(entry)
-                if token_id in request.stop_token_ids:
-                    self.finish(request, "stop")
-                elif len(request.token_ids) == request.max_total_tokens:
-                    self.finish(request, "length")
-        return accepted
+                self._append(request, entry[1])
+                yield entry
+
+    def _append(self, request: Request, token_id: int) -> None:
+        request.token_ids.append(token_id)
+        if self._speculation is not None:
+            self._speculation.switch.count(1)
+        if token_id in request.stop_token_ids:
+            self.finish(request, "stop")
+        elif len(request.token_ids) == request.max_total_tokens:
+            self.finish(request, "length")
+
+    def _take_verified(self, request: Request, drafting: Drafting) -> bool:
+        """Whether the next result of a verification counts. What is computed is counted again from the first
+        draft on: KV behind a wrong one is worth nothing."""
+        assert self._speculation is not None, "nobody else drafts"
+        number = len(drafting.token_ids) - request.num_pending
+        counts = drafting.takes(number, request.token_ids)
+        if counts and request.status is RequestStatus.RUNNING:
+            request.num_computed_tokens = drafting.start + number
+        if request.num_pending == 0:
+            if self._speculation.end(request):
+                self._rolled_back[request] = request.num_computed_tokens
+            if request.constraint is None:
+                request.ready_step = self.step
+        return counts
 
     def _take_beam(self, request: Request, group: BeamGroup, logprobs: TokenLogprobs | None) -> None:
         """A row's result; with the last of them the search goes on or ends."""

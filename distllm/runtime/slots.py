@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from distllm.runtime.plan import RowInit, RowSampling, StepPlan
+from distllm.runtime.plan import RowInit, RowSampling, RowUpdate, StepPlan
 from distllm.runtime.staging import to_device
 
 _LONGS = ("seed", "top_k", "num_prompt")  # int64: two words each
@@ -73,6 +73,7 @@ class SlotTables:
         """Take up what the plan changes in the rows: one copy and one scatter, whatever it is."""
         self.token_masks = plan.token_masks
         runs = [run for row in plan.new_rows for run in self._init_row(row)]
+        runs += [run for row in plan.row_updates for run in self._update_row(row)]
         runs += [self._run(self.block_table, u.slot, u.start, u.block_ids) for u in plan.block_updates]
         if not runs:
             return
@@ -89,6 +90,12 @@ class SlotTables:
         return [
             self._run(self._longs, row.slot, 0, longs.view(np.int32)),
             self._run(self._floats, row.slot, 0, floats.view(np.int32)),
+            self._run(self.num_computed, row.slot, 0, [row.num_computed_tokens]),
+            self._run(self.token_ids, row.slot, 0, row.token_ids),
+        ]
+
+    def _update_row(self, row: RowUpdate) -> list[_Run]:
+        return [
             self._run(self.num_computed, row.slot, 0, [row.num_computed_tokens]),
             self._run(self.token_ids, row.slot, row.start, row.token_ids),
         ]

@@ -33,6 +33,8 @@ MAX_BAD_WORD_CHARS = 256
 MAX_NGRAM = 1024
 MAX_PROCESSORS = 16
 
+SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize", "speculate")
+
 # Of a generation_config.json; the others are no defaults in vLLM either.
 GENERATION_FIELDS = {
     "temperature": "temperature",
@@ -74,6 +76,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
+    speculate: bool = True  # where the LLM has a speculative_config; the tokens are the same without
 
     def __post_init__(self) -> None:
         check_int("n", self.n, 1, MAX_N)
@@ -90,7 +93,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
+        for name in SWITCHES:
             check_bool(name, getattr(self, name))
         self._check_lengths()
         self._check_stops()

@@ -37,21 +37,40 @@ class Constraint:
         self.mask = b""
         self._find_mask()
 
-    def advance(self, token_id: int) -> None:
-        """Take the token that was sampled under the mask."""
-        self._num_tokens += 1
-        if not self.mask[token_id // 8] >> token_id % 8 & 1:
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """Take tokens that were sampled, the first of them under the mask."""
+        self._num_tokens += len(token_ids)
+        if not _allows(self.mask, token_ids[0]):
             self.error = "no token satisfies both the grammar and the other controls of the request"
-        elif self._matcher.consume_token(token_id):
+        elif self._matcher.consume_tokens(list(token_ids)):
             self._find_mask()
         else:
             self._fail()
 
+    def look_ahead(self, drafts: Sequence[int]) -> tuple[tuple[int, ...], bytes]:
+        """Of tokens that may come next, those that the grammar lets come, and a mask for each place: the
+        first draft's, …, and that behind the last. Nothing is taken.
+        """
+        masks, num_taken = [self.mask], 0
+        for token_id in drafts:
+            ends = self._stops >> token_id & 1
+            if ends or not _allows(masks[-1], token_id) or not self._matcher.consume_token(token_id):
+                break
+            num_taken += 1
+            masks.append(self._mask_after(num_taken))
+        if num_taken:
+            self._matcher.rollback(num_taken)
+        return tuple(drafts[:num_taken]), b"".join(masks)
+
     def _find_mask(self) -> None:
-        mask = self._matcher.compute_bitmask()
+        self.mask = self._mask_after(0)
         if self._matcher.is_error():
             self._fail()
-        self.mask = self._without_stops(mask) if self._num_tokens < self._min_tokens else mask
+
+    def _mask_after(self, num_ahead: int) -> bytes:
+        """num_ahead: tokens that the matcher knows beyond those that were taken."""
+        mask = self._matcher.compute_bitmask()
+        return self._without_stops(mask) if self._num_tokens + num_ahead < self._min_tokens else mask
 
     def _without_stops(self, mask: bytes) -> bytes:
         others = int.from_bytes(mask, "little") & ~self._stops
@@ -70,8 +89,8 @@ class ConstraintThreads:
         self._executor = ThreadPoolExecutor(NUM_THREADS, "constraints")  # starts threads as they are needed
         self._jobs: dict[Future[None], list[Request]] = {}
 
-    def advance(self, tokens: list[tuple[Request, int]]) -> None:
-        """Let each request's constraint take its newest token. Returns at once."""
+    def advance(self, tokens: list[tuple[Request, list[int]]]) -> None:
+        """Let each request's constraint take its newest tokens. Returns at once."""
         size = max(ROWS_OF_A_JOB, -(-len(tokens) // NUM_THREADS))
         for start in range(0, len(tokens), size):
             part = tokens[start : start + size]
@@ -88,7 +107,11 @@ class ConstraintThreads:
         return [request for job in ready for request in self._jobs.pop(job)]
 
 
-def _advance(tokens: list[tuple[Request, int]]) -> None:
-    for request, token_id in tokens:
+def _advance(tokens: list[tuple[Request, list[int]]]) -> None:
+    for request, token_ids in tokens:
         assert request.constraint is not None, "only requests with a constraint are handed over"
-        request.constraint.advance(token_id)
+        request.constraint.advance(token_ids)
+
+
+def _allows(mask: bytes, token_id: int) -> bool:
+    return bool(mask[token_id // 8] >> token_id % 8 & 1)

@@ -132,7 +132,7 @@ def test_what_makes_other_engines_backtrack_is_harmless(grammars: Grammars, rege
     (constraint,) = grammars.constraints(StructuredOutputsParams(regex=regex), 1, 0, [EOS])
     for _ in range(60):
         if constraint.error is None and (inside := allowed(constraint) - {EOS}):
-            constraint.advance(rng.choice(sorted(inside)))
+            constraint.advance([rng.choice(sorted(inside))])
     assert time.perf_counter() - start < 1
 
 
@@ -175,7 +175,7 @@ def follow(constraint: Constraint, text: bytes) -> bool:
     for byte in text:
         if byte not in allowed(constraint):
             return False
-        constraint.advance(byte)
+        constraint.advance([byte])
     return True
 
 
@@ -193,7 +193,7 @@ def test_every_kind_of_tokenizer_spells_it(kind: str, tmp_path: Path) -> None:
         written = b""
         while (token_id := rng.choice(sorted(allowed(constraint)))) != eos:
             written += tokenizer.token_bytes(token_id)
-            constraint.advance(token_id)
+            constraint.advance([token_id])
             assert constraint.error is None
         assert written.decode() in choice
 
@@ -204,14 +204,14 @@ def test_min_tokens_keeps_the_end_away_while_anything_else_is_left(grammars: Gra
     for _ in range(3):
         seen.append(EOS in allowed(constraint))
         if not seen[-1]:
-            constraint.advance(97)
+            constraint.advance([97])
     assert seen == [False, False, True]
 
 
 def test_equal_grammars_are_compiled_once_and_samples_are_apart(grammars: Grammars) -> None:
     form = StructuredOutputsParams(regex="[ab]{9}c")
     first, second = grammars.constraints(form, 2, 0, [EOS])
-    first.advance(97)
+    first.advance([97])
     assert allowed(second) == allowed(grammars.constraints(form, 1, 0, [EOS])[0])
     before = grammars._matcher.cache_info().hits
     grammars.constraints(form, 1, 0, [EOS])

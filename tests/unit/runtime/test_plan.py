@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distllm.errors import DistllmError
-from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, StepPlan
+from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, RowUpdate, StepPlan
 from distllm.runtime.plan_codec import End, Error, decode_message, encode, encode_end, encode_error
 from distllm.runtime.sampling.logit_controls import LogitControls
 
@@ -44,12 +44,13 @@ plans = st.builds(
     StepPlan,
     step=st.integers(0, 2**62),
     decode_slots=st.sets(ids | st.integers(0, 9)).map(sorted),
-    prefills=st.lists(st.builds(PrefillRow, ids, st.integers(1, 3), st.booleans(), ids)),
-    new_rows=st.lists(st.builds(RowInit, ids, tuples_of_ids, ids, ids, samplings, ids), max_size=4),
+    prefills=st.lists(st.builds(PrefillRow, ids, st.integers(1, 3), st.booleans(), ids, ids)),
+    new_rows=st.lists(st.builds(RowInit, ids, tuples_of_ids, ids, ids, samplings), max_size=4),
+    row_updates=st.lists(st.builds(RowUpdate, ids, ids, tuples_of_ids, ids), max_size=4),
     block_updates=st.lists(st.builds(BlockUpdate, ids, ids, tuples_of_ids), max_size=4),
     block_copies=st.lists(st.tuples(ids, ids), max_size=4),
-    token_masks=st.integers(1, 3).flatmap(
-        lambda words: st.dictionaries(ids, st.binary(min_size=4 * words, max_size=4 * words), max_size=3)
+    token_masks=st.dictionaries(
+        ids, st.integers(1, 3).map(lambda words: bytes(range(4 * words))), max_size=3
     ),
 )
 
@@ -73,25 +74,25 @@ def test_round_trip_of_end() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 256, 4096])
-def test_steady_decode_costs_48_bytes(count: int) -> None:
-    assert encode(StepPlan(10**12, list(range(count)))).nbytes == 48
+def test_steady_decode_costs_52_bytes(count: int) -> None:
+    assert encode(StepPlan(10**12, list(range(count)))).nbytes == 52
 
 
 def test_a_gap_in_the_slots_costs_8_bytes_and_a_new_block_16() -> None:
     slots = [*range(100), *range(120, 256)]
     updates = [BlockUpdate(slot, 7, (slot + 1,)) for slot in range(16)]
-    assert encode(StepPlan(1, slots)).nbytes == 48 + 8
-    assert encode(StepPlan(1, slots, block_updates=updates)).nbytes == 48 + 8 + 16 * 16
+    assert encode(StepPlan(1, slots)).nbytes == 52 + 8
+    assert encode(StepPlan(1, slots, block_updates=updates)).nbytes == 52 + 8 + 16 * 16
 
 
 def test_masks_cost_what_they_hold() -> None:
     masks = {slot: bytes(4000) for slot in range(64)}
-    assert encode(StepPlan(1, list(range(64)), token_masks=masks)).nbytes == 48 + 4 * (64 + 2) + 64 * 4000
+    assert encode(StepPlan(1, list(range(64)), token_masks=masks)).nbytes == 52 + 4 * (2 * 64 + 1) + 64 * 4000
 
 
 def test_a_cut_mask_is_refused() -> None:
     message = encode(StepPlan(1, [3], token_masks={3: bytes(range(40))}))
-    for length in range(13, len(message)):
+    for length in range(14, len(message)):
         cut = message[:length].copy()
         cut[2] = length
         with pytest.raises(DistllmError, match="words wanted at word"):
@@ -102,17 +103,24 @@ def test_the_batch_is_decodes_then_prefills() -> None:
     plan = StepPlan(1, [2, 5], [PrefillRow(9, 4, False), PrefillRow(0, 3, True)])
     assert (plan.num_rows, plan.num_tokens, plan.slots) == (4, 9, [2, 5, 9, 0])
     assert plan.cu_seqlens == [0, 1, 2, 6, 9]
-    assert plan.sampled_slots == [2, 5, 0] and plan.sampled_rows == [0, 1, 3]
+    assert plan.sampled_slots == [2, 5, 0] and plan.sampled_places == [(0, 0), (1, 0), (3, 0)]
+
+
+def test_drafts_and_the_token_before_them_sample() -> None:
+    plan = StepPlan(1, [2], [PrefillRow(4, 3, True, num_drafts=2), PrefillRow(1, 5, False)])
+    assert plan.sampled_slots == [2, 4, 4, 4]
+    assert plan.sampled_places == [(0, 0), (1, 2), (1, 1), (1, 0)]
 
 
 def test_an_empty_plan_has_no_rows() -> None:
     plan = StepPlan(1)
-    assert (plan.num_rows, plan.num_tokens, plan.cu_seqlens, plan.sampled_rows) == (0, 0, [0], [])
+    assert (plan.num_rows, plan.num_tokens, plan.cu_seqlens, plan.sampled_places) == (0, 0, [0], [])
 
 
 def test_every_truncation_is_refused() -> None:
     update, init = BlockUpdate(3, 0, (4, 5)), RowInit(3, (7, 8, 9), 3, 0, RowSampling(stop_token_ids=(1, 2)))
-    message = encode(StepPlan(1, [0, 1, 2, 3], [PrefillRow(9, 5, False)], [init], [update], [(1, 2)]))
+    row = RowUpdate(4, 9, (6, 7), 8)
+    message = encode(StepPlan(1, [0, 1, 2, 3], [PrefillRow(9, 5, False)], [init], [row], [update], [(1, 2)]))
     for length in range(len(message)):
         with pytest.raises(DistllmError, match="control message is damaged"):
             decode_message(message[:length])

@@ -98,13 +98,13 @@ def test_finish_by_token_is_seen_late_and_the_extra_token_is_dropped(depth: int)
 
 def test_results_must_come_in_order_and_not_before_their_tokens_arrive() -> None:
     scheduler = Loop(depth=2).scheduler
-    assert scheduler.update(StepResult(-2, [])) == []
+    assert list(scheduler.update(StepResult(-2, []))) == []
     scheduler.schedule()
     with pytest.raises(AssertionError, match="not on the first stage yet"):
-        scheduler.update(StepResult(0, []))
+        list(scheduler.update(StepResult(0, [])))
     with pytest.raises(AssertionError, match="result of step 5 came, 1 is next"):
         scheduler.schedule()
-        scheduler.update(StepResult(5, []))
+        list(scheduler.update(StepResult(5, [])))
 
 
 def test_logprobs_stay_with_their_token() -> None:
@@ -114,7 +114,7 @@ def test_logprobs_stay_with_their_token() -> None:
         scheduler.add(request)
     scheduler.schedule()
     entry = TokenLogprobs(-0.5, 1, (9,), (-0.5,))
-    accepted = scheduler.update(StepResult(0, [8, 9], [None, entry]))
+    accepted = list(scheduler.update(StepResult(0, [8, 9], [None, entry])))
     assert accepted == [(requests[0], 8, None), (requests[1], 9, entry)]
 
 
@@ -233,7 +233,7 @@ def test_a_preempted_request_may_end_by_a_late_token() -> None:
     loop.step(4)
     loop.plans.append(loop.scheduler.schedule())
     assert second.status is RequestStatus.PREEMPTED and second.num_pending == 1
-    loop.scheduler.update(loop._result(0))
+    list(loop.scheduler.update(loop._result(0)))
     assert second.output_token_ids == [5] and second.finish_reason == "length"
     loop.run()
     assert sum(len(plan.new_rows) for plan in loop.plans) == 2
@@ -396,6 +396,17 @@ def test_without_its_leader_a_follower_is_admitted_like_anyone(enable_prefix_cac
     loop.run()
     assert follower.num_cached_tokens == (4 if enable_prefix_caching else 0)
     assert follower.output_token_ids == [TOKEN] * 2
+
+
+def test_a_follower_copies_nothing_that_is_computed_in_the_same_step() -> None:
+    loop = Loop(enable_prefix_caching=True)
+    loop.add([*range(8), TOKEN, TOKEN], max_tokens=2)  # computes what the leader finds
+    leader = loop.add(list(range(8)), max_tokens=2)
+    leader.token_ids.append(TOKEN)  # as if it had been preempted
+    follower = fork(loop, leader, max_tokens=2)
+    plan = loop.step()
+    assert leader.num_computed_tokens == 9 and follower.slot < 0 and not plan.block_copies
+    assert len(loop.step().block_copies) == 1 and follower.num_cached_tokens == 7
 
 
 def test_a_follower_does_not_wait_for_a_preempted_leader() -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import pytest
@@ -29,10 +31,12 @@ from distllm.runtime.beams.beam_group import BeamGroup
 from distllm.runtime.beams.beam_search import BeamSearch
 from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.block_manager import extend_digests
-from distllm.runtime.plan import PrefillRow, RowInit, RowSampling, StepPlan, StepResult, TokenLogprobs
+from distllm.runtime.plan import PrefillRow, RowSampling, StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.plan_codec import decode_message, encode
 from distllm.runtime.request import Request
 from distllm.runtime.scheduler import AcceptedToken, Scheduler, SchedulerConfig
+from distllm.runtime.speculation.drafting import Drafting
+from distllm.runtime.speculation.speculation import Speculation
 
 VOCAB_SIZE = 6
 STOP_TOKEN = 0
@@ -109,7 +113,7 @@ class Device:
             self._write(row)
         for row in rows:
             self._check_reads(self.rows[row.slot], row)
-        self.sampled[plan.step] = [self._sample(row) for row in rows if row.samples]
+        self.sampled[plan.step] = [each for row in rows if row.samples for each in self._sample(row)]
         for row in rows:
             self.rows[row.slot].num_computed += row.num_tokens
 
@@ -125,7 +129,12 @@ class Device:
 
     def _apply(self, plan: StepPlan) -> None:
         for init in plan.new_rows:
-            self.rows[init.slot] = self._init_row(init)
+            tokens = dict(enumerate(init.token_ids))
+            self.rows[init.slot] = Row(init.sampling.seed, tokens, init.num_computed_tokens)
+        for changed in plan.row_updates:
+            row = self.rows[changed.slot]
+            row.num_computed = changed.num_computed_tokens
+            row.token_ids |= dict(enumerate(changed.token_ids, start=changed.start))
         for update in plan.block_updates:
             table = self.rows[update.slot].table
             assert update.start <= len(table), "a gap in a block table"
@@ -136,13 +145,6 @@ class Device:
         for src, dst in plan.block_copies:
             for offset in range(self.config.block_size):
                 self.kv[dst, offset] = self.kv.get((src, offset), ())
-
-    def _init_row(self, init: RowInit) -> Row:
-        """A new one; or a beam's, which keeps its first tokens, and its blocks until they are changed."""
-        old = self.rows[init.slot] if init.start else Row(0, {}, 0)
-        kept = {position: old.token_ids[position] for position in range(init.start)}
-        tokens = kept | dict(enumerate(init.token_ids, start=init.start))
-        return Row(init.sampling.seed, tokens, init.num_computed_tokens, old.table)
 
     def _place(self, row: Row, position: int) -> tuple[int, int]:
         index, offset = divmod(position, self.config.block_size)
@@ -162,11 +164,15 @@ class Device:
             place = self._place(row, position)
             assert self.kv.get(place) == prefix[: position + 1], f"wrong KV in block, offset {place}"
 
-    def _sample(self, scheduled: PrefillRow) -> tuple[Row, int, int, int]:
+    def _sample(self, scheduled: PrefillRow) -> list[tuple[Row, int, int, int]]:
         row = self.rows[scheduled.slot]
-        end = row.num_computed + scheduled.num_tokens
-        token = next_token(tuple(row.token_ids[p] for p in range(end)), row.seed)
-        return row, scheduled.slot, end, token
+        last = row.num_computed + scheduled.num_tokens
+        ends = range(last - scheduled.num_drafts, last + 1)
+        prefixes = [tuple(row.token_ids[p] for p in range(end)) for end in ends]
+        return [
+            (row, scheduled.slot, end, next_token(prefix, row.seed))
+            for end, prefix in zip(ends, prefixes, strict=True)
+        ]
 
 
 @dataclass
@@ -189,6 +195,31 @@ class Expectation:
         assert output == expected, f"{output} instead of {expected}"
 
 
+class Guesses:
+    """A Proposer that is right as often as not, and a switch that nobody can foresee."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(seed)
+
+    def propose(self, wanted: Mapping[Request, int]) -> list[list[int]]:
+        return [self._guess(request, self._random.randint(0, count)) for request, count in wanted.items()]
+
+    def _guess(self, request: Request, count: int) -> list[int]:
+        assert request.capacity >= len(request.token_ids) + count, "no room for the drafts"
+        tokens = request.token_ids.copy()
+        for _ in range(count):
+            right = next_token(tuple(tokens), request.sampling.seed)
+            tokens.append(right if self._random.random() < 0.7 else self._random.randrange(VOCAB_SIZE))
+        return tokens[len(request.token_ids) :]
+
+    def decide(self, num_rows: int) -> bool:
+        return self._random.random() < 0.8
+
+    def count(self, num_tokens: int) -> None: ...
+
+    def disturb(self) -> None: ...
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         depth=st.sampled_from([1, 2, 4]),
@@ -197,10 +228,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         max_num_batched_tokens=st.integers(1, 24),
         enable_prefix_caching=st.booleans(),
+        num_drafts=st.sampled_from([0, 1, 3, 6]),
+        seed=st.integers(0, 99),
     )
-    def start(self, **limits: int) -> None:
+    def start(self, num_drafts: int, seed: int, **limits: int) -> None:
         self.config = SchedulerConfig(max_model_len=40, **limits)  # type: ignore[arg-type]
-        self.scheduler = Scheduler(self.config)
+        guesses, self.num_drafts = Guesses(seed), num_drafts
+        self.speculation = Speculation(guesses, num_drafts, guesses)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(self.config, self.speculation if num_drafts else None)
         self.device = Device(self.config)
         self.expected: dict[Request, Expectation] = {}
         self.searches: list[
@@ -237,6 +272,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 priority=priority,
                 fork_from=leader,
                 index=index,
+                drafting=Drafting(self.num_drafts) if self.num_drafts and index < 2 else None,
             )
             if not self._fits(request):
                 with pytest.raises(RequestError):
@@ -321,7 +357,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         SEEN["chunks"] += sum(not row.samples for row in plan.prefills)
         SEEN["preempted"] += sum(r.status.value == "preempted" and r not in preempted for r in self.expected)
         SEEN["preempted beams"] += len(self._preempted_beams() - preempted_beams)
-        SEEN["branched"] += sum(init.start > 0 for init in plan.new_rows)
+        beams = {r.slot for requests, *_ in self.searches for r in requests}
+        SEEN["branched"] += sum(update.slot in beams for update in plan.row_updates)
+        SEEN["drafts"] += sum(row.num_drafts for row in plan.prefills)
+        SEEN["rolled back"] += sum(not update.token_ids for update in plan.row_updates)
+        SEEN["right"] = max(SEEN["right"], self.speculation.stats.num_accepted_tokens)
         self.device.run(decode_message(encode(plan)))  # type: ignore[arg-type]
         for token in self.scheduler.update(self.device.result(plan.step - self.config.depth)):
             self._receive(token)

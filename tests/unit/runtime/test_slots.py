@@ -7,22 +7,29 @@ import random
 import numpy as np
 import torch
 
-from distllm.runtime.plan import BlockUpdate, RowInit, RowSampling, StepPlan
+from distllm.runtime.plan import BlockUpdate, RowInit, RowSampling, RowUpdate, StepPlan
 from distllm.runtime.slots import SlotTables
 
 SLOTS, LENGTH, BLOCK = 7, 37, 4
 WIDTH = -(-LENGTH // BLOCK)
 
 
+def random_tokens(rng: random.Random) -> tuple[int, ...]:
+    return tuple(rng.randrange(2**31) for _ in range(rng.randrange(1, LENGTH + 1)))
+
+
 def random_plan(rng: random.Random, step: int) -> StepPlan:
     plan = StepPlan(step)
     for slot in rng.sample(range(SLOTS), rng.randrange(3)):
-        token_ids = tuple(rng.randrange(2**31) for _ in range(rng.randrange(1, LENGTH + 1)))
-        start = rng.randrange(LENGTH + 1 - len(token_ids))
+        token_ids = random_tokens(rng)
         sampling = RowSampling(
             rng.random(), rng.randrange(9), rng.random(), rng.random(), rng.randrange(-(2**63), 2**63)
         )
-        plan.new_rows.append(RowInit(slot, token_ids, rng.randrange(1, 9), rng.randrange(9), sampling, start))
+        plan.new_rows.append(RowInit(slot, token_ids, rng.randrange(1, 9), rng.randrange(9), sampling))
+    for slot in rng.sample(sorted(set(range(SLOTS)) - {row.slot for row in plan.new_rows}), rng.randrange(3)):
+        token_ids = random_tokens(rng)
+        start = rng.randrange(LENGTH + 1 - len(token_ids))
+        plan.row_updates.append(RowUpdate(slot, start, token_ids, rng.randrange(9)))
     for slot in rng.sample(range(SLOTS), rng.randrange(4)):
         start = rng.randrange(WIDTH)
         block_ids = tuple(rng.randrange(99) for _ in range(rng.randrange(1, WIDTH - start + 1)))
@@ -41,9 +48,14 @@ def test_plans_change_the_rows_they_name_and_nothing_else() -> None:
         plan = random_plan(rng, step)
         tables.apply(plan)
         for row in plan.new_rows:
-            token_ids[row.slot, row.start : row.start + len(row.token_ids)] = row.token_ids
+            token_ids[row.slot, : len(row.token_ids)] = row.token_ids
             computed[row.slot] = row.num_computed_tokens
             rows[row.slot] = row
+        for changed in plan.row_updates:
+            token_ids[changed.slot, changed.start : changed.start + len(changed.token_ids)] = (
+                changed.token_ids
+            )
+            computed[changed.slot] = changed.num_computed_tokens
         for update in plan.block_updates:
             blocks[update.slot, update.start : update.start + len(update.block_ids)] = update.block_ids
         assert tables.token_ids.tolist() == token_ids.tolist()
