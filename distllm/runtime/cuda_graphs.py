@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -34,27 +34,33 @@ PROMPT_TOKENS = (
     896,
     1024,
 )  # beyond, launches hide behind work
-VERIFY_ROWS = 64  # of a captured verification: more rows decode as fast without
-VERIFY_TOKENS = (64, 96, 128, 192, 256, 384, 512)
+VERIFY_ROWS = (1, 8, 64)  # of captured verifications; more rows decode as fast without
+VERIFY_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 @dataclass(frozen=True)
 class PromptShape:
-    """Of prompt steps: rows at most, and the numbers of tokens that are captured."""
+    """Of captured steps: rows at most, and the numbers of tokens that are captured."""
 
     num_rows: int
     sizes: tuple[int, ...]  # ascending
     longest: int  # tokens of a step that is rehearsed, captured or not
+    row_len: int = 0  # tokens of a row at most, if that is known
 
 
-def prompt_shapes(max_tokens: int, verifies: bool) -> list[PromptShape]:
-    """What is captured, the first that fits being the best; max_tokens: of a step. Verifications are prompt
-    steps of a few tokens a row.
-    """
-    few, many = (8, 16, *PROMPT_TOKENS) if verifies else PROMPT_TOKENS, VERIFY_TOKENS if verifies else ()
-    shapes = [PromptShape(PROMPT_ROWS, few, max_tokens), PromptShape(VERIFY_ROWS, many, VERIFY_TOKENS[-1])]
-    fitting = [replace(s, sizes=tuple(n for n in s.sizes if n <= max_tokens)) for s in shapes]
-    return [shape for shape in fitting if shape.sizes or shape.num_rows == PROMPT_ROWS]
+def prompt_shape(max_tokens: int) -> PromptShape:
+    """Of short prompts; max_tokens: of a step."""
+    return PromptShape(PROMPT_ROWS, tuple(size for size in PROMPT_TOKENS if size <= max_tokens), max_tokens)
+
+
+def verification_shapes(row_len: int, max_num_seqs: int) -> list[PromptShape]:
+    """Of steps with up to row_len tokens a row, the smallest first: a token and its drafts. None for 0."""
+    shapes = []
+    for num_rows in (rows for rows in VERIFY_ROWS if row_len and rows <= max_num_seqs):
+        most = -(-num_rows * row_len // 8) * 8
+        sizes = (*(size for size in VERIFY_TOKENS if num_rows < size < most), most)
+        shapes.append(PromptShape(num_rows, sizes, most, row_len))
+    return shapes
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
@@ -129,8 +135,9 @@ class DecodeGraphs(Generic[Output]):
 
 
 class PromptGraphs(Generic[Output]):
-    """step(slots, cu_seqlens, num_tokens) runs some tokens of a few rows: short prompts, where launching
-    every kernel by itself would take longer than running it. The last row is padding and takes what is left.
+    """step(slots, cu_seqlens, num_tokens) runs some tokens of a few rows: short prompts and verifications,
+    where launching every kernel by itself would take longer than running it. The last row is padding and
+    takes what is left.
     """
 
     def __init__(
@@ -149,17 +156,20 @@ class PromptGraphs(Generic[Output]):
 
     def rehearse(self) -> None:
         """As DecodeGraphs.rehearse(); the longest too, since some kernels are for long prompts alone."""
-        for size in self._shape.sizes:
+        for size in (*self._shape.sizes, self._shape.longest):
+            self._load((), (0,), size)  # padding alone
             self._run(size)
-        self._run(self._shape.longest)
 
     def capture(self, pool: object) -> None:
         """Collective, as rehearse()."""
         self._captured = _capture_all(self._run, self._shape.sizes, pool)
 
-    def fits(self, num_rows: int, num_tokens: int) -> bool:
-        sizes = self._shape.sizes
-        return num_rows <= self._shape.num_rows and bool(sizes) and num_tokens <= sizes[-1]
+    def fits(self, num_rows: int, num_tokens: int, row_len: int) -> bool:
+        """row_len: tokens of the longest row."""
+        shape = self._shape
+        if num_rows > shape.num_rows or not shape.sizes or num_tokens > shape.sizes[-1]:
+            return False
+        return shape.row_len == 0 or row_len <= shape.row_len
 
     def replay(self, slots: Sequence[int], cu_seqlens: Sequence[int]) -> Output:
         """Run rows that fit; cu_seqlens[-1] tokens in all. The output's first rows and tokens are theirs."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from distllm.kernels import compile_together, gather_batch
 from distllm.kernels.batch import TokenBatch
 from distllm.models.decoder import Decoder
 from distllm.parallel.layout import RankLayout
-from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs, prompt_shapes
+from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs, prompt_shape, verification_shapes
 from distllm.runtime.plan import StepPlan, StepResult, TokenLogprobs
 from distllm.runtime.sampling.controlled_rows import LogitsProcessor
 from distllm.runtime.sampling.sampled import Logprobs, Sampled, SampledRows
@@ -72,11 +73,16 @@ class ModelRunner:
         """
         padding_slot, max_num_seqs = self._tables.padding_slot, config.max_num_seqs
         max_tokens = min(config.max_num_batched_tokens, config.context_len)
+        row_len = 1 + config.speculation.num_speculative_tokens if config.speculation else 0
+        shapes = verification_shapes(row_len, max_num_seqs)  # first: they are the better ones where they fit
+        shapes.append(prompt_shape(max_tokens))
         if not self._layout.is_first_stage:
-            rows = max(max_num_seqs, max_tokens)
+            rows = max(max_num_seqs, *(shape.longest for shape in shapes))
             self._hidden_in = self._kv_cache.new_empty(rows, self._decoder.spec.hidden_size)
-        shapes = prompt_shapes(max_tokens, verifies=config.speculation is not None)
-        prompts = [PromptGraphs(self._prompt, shape, padding_slot, self._device) for shape in shapes]
+        prompts = [
+            PromptGraphs(partial(self._prompt, decode_len=shape.row_len), shape, padding_slot, self._device)
+            for shape in shapes
+        ]
         decodes = DecodeGraphs(self._decode, max_num_seqs, padding_slot, self._device)
         with compile_together():
             for graphs in prompts:
@@ -131,7 +137,8 @@ class ModelRunner:
         padding.
         """
         hidden = self._receive_hidden(plan)
-        fitting = [each for each in self._prompts if each.fits(plan.num_rows, plan.num_tokens)]
+        size = plan.num_rows, plan.num_tokens, max((row.num_tokens for row in plan.prefills), default=1)
+        fitting = [each for each in self._prompts if each.fits(*size)]
         if not fitting:
             slots = to_device(plan.slots, torch.int64, self._device)
             cu_seqlens = to_device(plan.cu_seqlens, torch.int32, self._device)
@@ -149,12 +156,13 @@ class ModelRunner:
         num_tokens: int,
         num_decodes: int,
         hidden: torch.Tensor | None,
+        decode_len: int = 1,
     ) -> tuple[TokenBatch, torch.Tensor]:
         """This stage's layers over the rows' next tokens. hidden: None on the first stage, which embeds."""
         tables = self._tables
         known = tables.num_computed, tables.block_table
         batch, token_slots = gather_batch(
-            *known, slots, cu_seqlens, num_tokens, tables.block_size, num_decodes
+            *known, slots, cu_seqlens, num_tokens, tables.block_size, num_decodes, decode_len
         )
         tables.advance(slots, batch.seq_lens)
         if hidden is None:
@@ -162,18 +170,20 @@ class ModelRunner:
         return batch, self._decoder.forward(hidden, batch, self._kv_cache)
 
     def _prompt(
-        self, slots: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, num_decodes: int = 0
+        self, slots: torch.Tensor, cu_seqlens: torch.Tensor, num_tokens: int, decode_len: int = 0
     ) -> tuple[TokenBatch, torch.Tensor]:
-        """As _forward, with hidden states from where they do not move: what a graph captures. Which rows of
-        a replayed prompt step are decodes is not fixed, so there none is known to be one.
+        """As _forward, with hidden states from where they do not move: what a graph captures. decode_len: 0,
+        or no row has more tokens. Which rows of a replayed prompt step are decodes is not fixed, so there
+        none is known to be one.
         """
         hidden = None if self._hidden_in is None else self._hidden_in[:num_tokens]
-        return self._forward(slots, cu_seqlens, num_tokens, num_decodes, hidden)
+        num_decodes = len(slots) if decode_len else 0
+        return self._forward(slots, cu_seqlens, num_tokens, num_decodes, hidden, max(1, decode_len))
 
     def _decode(self, slots: torch.Tensor) -> _DecodeOutput:
         """One token of each slot, from the tables and back into them: what a graph captures."""
         cu_seqlens = torch.arange(len(slots) + 1, dtype=torch.int32, device=self._device)
-        batch, hidden = self._prompt(slots, cu_seqlens, len(slots), len(slots))
+        batch, hidden = self._prompt(slots, cu_seqlens, len(slots), decode_len=1)
         positions = batch.seq_lens.long()
         if not self._layout.is_last_stage:
             return _DecodeOutput(positions, hidden)

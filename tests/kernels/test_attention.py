@@ -25,6 +25,7 @@ class Rows:
     contexts: list[int]
     queries: list[int]
     num_decodes: int = 0
+    decode_len: int = 1
 
 
 class Knobs(TypedDict, total=False):
@@ -49,6 +50,7 @@ def make_batch(rows: Rows, block_size: int) -> tuple[TokenBatch, int]:
         seq_lens=torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
         block_table=table.to(DEVICE),
         num_decodes=rows.num_decodes,
+        decode_len=rows.decode_len,
     )
     return batch, table.numel()
 
@@ -80,9 +82,29 @@ def check(
     close(triton_attention.paged_attention(q, cache, batch, scale, **knobs), want, dtype)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_verifications(seed: int) -> None:
+    """The last row's tokens beyond decode_len are padding: nothing is asked of them."""
+    rng = random.Random(seed)
+    decode_len = rng.choice([2, 3, 5, 8, 9])
+    queries = [rng.randint(1, decode_len) for _ in range(rng.choice([1, 2, 6]))]
+    rows = Rows(
+        [rng.choice([0, 1, 63, 64, 65, rng.randrange(200)]) for _ in queries],
+        queries,
+        len(queries),
+        decode_len,
+    )
+    kv_heads, group, block_size = rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 5]), rng.choice([1, 5, 16, 64])
+    heads = kv_heads * group
+    knobs = make_knobs(heads, rng.choice([0, 1, 2, 50, 128]), rng.choice([0.0, 3.0]), rng.random() < 0.5)
+    check(rows, heads, kv_heads, rng.choice([8, 16, 40]), block_size, rng.choice(DOT_DTYPES), knobs)
+
+
 ROWS = {
     "decode": Rows([0, 4, 99, 63], [1, 1, 1, 1], 4),
     "long decode": Rows([300], [1], 1),
+    "verification": Rows([0, 4, 99, 63, 130], [3, 1, 5, 2, 4], 5, 5),
+    "long verification": Rows([300], [6], 1, 7),
     "decodes not known to be": Rows([0, 4, 99, 63], [1, 1, 1, 1]),
     "prefill": Rows([0, 0], [150, 7]),
     "chunk": Rows([170], [29]),
@@ -105,7 +127,7 @@ SHAPES = [(8, 2, 32, 4), (4, 4, 16, 16), (7, 1, 80, 3), (6, 2, 64, 64), (3, 1, 4
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), SHAPES)
-@pytest.mark.parametrize("rows", ["decode", "long decode", "mixed", "prefill"])
+@pytest.mark.parametrize("rows", ["decode", "long decode", "verification", "mixed", "prefill"])
 def test_shapes(
     dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int, rows: str
 ) -> None:

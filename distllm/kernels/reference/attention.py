@@ -35,7 +35,7 @@ def paged_attention(
     """
     starts = batch.cu_seqlens_q.tolist()
     seq_lens = batch.seq_lens.tolist()
-    ones = batch.num_decodes
+    ones = batch.num_decodes if batch.decode_len == 1 else 0
     attend = partial(_attend, scale=scale, window=window, softcap=softcap)
     slopes = alibi_slopes
     parts = [_decode(q[:ones], kv_cache_layer, batch, max(seq_lens[:ones]), slopes, attend)] if ones else []

@@ -58,6 +58,7 @@ def gather_batch(
     num_tokens: int,
     block_size: int,
     num_decodes: int,
+    decode_len: int = 1,
 ) -> tuple[TokenBatch, torch.Tensor]:
     num_rows, width = len(slots), block_table.shape[1]
     batch = TokenBatch(
@@ -67,6 +68,7 @@ def gather_batch(
         seq_lens=torch.empty(num_rows, dtype=torch.int32, device=slots.device),
         block_table=torch.empty(num_rows, width, dtype=torch.int32, device=slots.device),
         num_decodes=num_decodes,
+        decode_len=decode_len,
     )
     token_slots = torch.empty_like(batch.positions)
     chunks = triton.cdiv(num_tokens, TOKENS)  # one row may have all tokens
