@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,19 @@ def _apply(command: Callable[..., Any], options: list[Decorator]) -> Callable[..
     return command
 
 
+def parse_json(_context: click.Context, _option: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    """What stands in an option as a JSON object."""
+    if value is None:
+        return None
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise click.BadParameter(f"it is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise click.BadParameter('it must be a JSON object, like {"method": "ngram"}')
+    return found
+
+
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The fields of EngineConfig that a command line may set."""
     return _apply(
@@ -59,6 +73,11 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             _option("--max-num-seqs", EngineConfig.max_num_seqs, int, "Sequences that run at the same time."),
             _option(
                 "--max-num-batched-tokens", EngineConfig.max_num_batched_tokens, int, "Tokens of one step."
+            ),
+            click.option(
+                "--speculative-config",
+                callback=parse_json,
+                help='How tokens are guessed: \'{"method": "ngram"}\', or "draft_model" with a "model".',
             ),
         ],
     )

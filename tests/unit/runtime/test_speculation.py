@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from distllm.runtime.scheduler import Scheduler
 from distllm.runtime.speculation.speculation import SpeculationStats
 from distllm.runtime.speculation.switch import SpeculationSwitch
 from tests.checkpoints import make_llama
+from tests.speculation_cases import informed
 from tests.structured_cases import cases, make_folder
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -85,17 +86,8 @@ def check_logprobs(outputs: Sequence[RequestOutput], wanted: Sequence[RequestOut
                     assert abs(entry.logprob - others[token_id].logprob) < 1e-4
 
 
-def informed(outputs: Sequence[RequestOutput], chance: float) -> Callable[[list[int], int], list[int]]:
-    """A proposer that knows what comes, and lies now and then."""
-    texts = [[*output.prompt_token_ids, *c.token_ids] for output in outputs for c in output.outputs]
-    rng = random.Random(0)
-
-    def propose(token_ids: list[int], count: int) -> list[int]:
-        found = [text for text in texts if text[: len(token_ids)] == token_ids]
-        right = rng.choice(found)[len(token_ids) :][:count] if found else [5] * count
-        return [token if rng.random() < chance else rng.randrange(VOCAB_SIZE) for token in right]
-
-    return propose
+def texts(outputs: Sequence[RequestOutput]) -> list[list[int]]:
+    return [[*output.prompt_token_ids, *c.token_ids] for output in outputs for c in output.outputs]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +104,11 @@ def plain(folders: tuple[Path, Path]) -> list[RequestOutput]:
 def test_tokens_and_logprobs_are_those_without(
     folders: tuple[Path, Path], plain: list[RequestOutput], layout: tuple[int, int], options: dict[str, Any]
 ) -> None:
-    config = {"method": "custom", "proposer": informed(plain, 0.8), "num_speculative_tokens": 5}
+    config = {
+        "method": "custom",
+        "proposer": informed(texts(plain), 0.8, VOCAB_SIZE),
+        "num_speculative_tokens": 5,
+    }
     outputs, stats = generate(folders[0], layout, *mixed(40), speculative_config=config, **options)
     assert what_came(outputs) == what_came(plain)
     check_logprobs(outputs, plain)
@@ -158,7 +154,11 @@ def test_preemption_changes_nothing(
 ) -> None:
     preempted, preempt = [], Scheduler._preempt
     monkeypatch.setattr(Scheduler, "_preempt", lambda self, r: (preempted.append(r), preempt(self, r)))
-    how = {"proposer": informed(plain, 0.7)} if method == "custom" else {"model": str(folders[0])}
+    how = (
+        {"proposer": informed(texts(plain), 0.7, VOCAB_SIZE)}
+        if method == "custom"
+        else {"model": str(folders[0])}
+    )
     # One block of one model: 5 layers · 4 tokens · K and V · 2 heads · 8 · 4 bytes.
     block_bytes = (1 if method == "custom" else 2) * 5 * 4 * 2 * 2 * 8 * 4
     outputs, stats = generate(
@@ -175,7 +175,11 @@ def test_structured_texts_are_guessed_too(tmp_path: Path, layout: tuple[int, int
     params = [SamplingParams(structured_outputs=form, seed=i, max_tokens=300) for i, form in enumerate(forms)]
     prompts = [[5 + i] for i in range(len(forms))]
     wanted, _ = generate(folder, (1, 1), prompts, params)
-    config = {"method": "custom", "proposer": informed(wanted, 0.9), "num_speculative_tokens": 6}
+    config = {
+        "method": "custom",
+        "proposer": informed(texts(wanted), 0.9, VOCAB_SIZE),
+        "num_speculative_tokens": 6,
+    }
     outputs, stats = generate(folder, layout, prompts, params, speculative_config=config)
     assert what_came(outputs) == what_came(wanted)
     assert stats is not None and stats.num_accepted_tokens > 100
@@ -212,7 +216,11 @@ def test_text_ends_in_the_middle_of_what_was_accepted() -> None:
     prompt, params = "Once upon a time", SamplingParams(temperature=0, max_tokens=40)
     wanted = generate("demo", (1, 1), prompt, params, kv_cache_memory_bytes=2**27)[0]
     text, token_ids = wanted[0].outputs[0].text, list(wanted[0].outputs[0].token_ids)
-    config = {"method": "custom", "proposer": informed(wanted, 1.0), "num_speculative_tokens": 7}
+    config = {
+        "method": "custom",
+        "proposer": informed(texts(wanted), 1.0, VOCAB_SIZE),
+        "num_speculative_tokens": 7,
+    }
     stops: list[dict[str, Any]] = [{"stop": text[n : n + 3]} for n in range(9, 60, 5)]
     stops += [{"stop_token_ids": [token_id]} for token_id in token_ids[3:12]]
     asked = [SamplingParams(temperature=0, max_tokens=40, **stop) for stop in stops]
