@@ -4,9 +4,9 @@
     mpirun -n 2 python benchmarks/bench_speculation.py /scratch/pair benchmarks/shapes/llama-8b -tp 2
 
 Random weights are never guessed right, so the folder gets a pair of models of the shape whose texts are
-known: in both, the layers add next to nothing to the embedding, and the head names a successor for each token.
-The draft has the first of the layers and the same successors for --agreement of the tokens. Successors run in
-circles, so that a text repeats itself, and n-grams find what follows. All work is that of real weights.
+known: in both, the layers add next to nothing to the embedding, and the head names a successor for each
+token. The draft has the first of the layers and the same successors for --agreement of the tokens. Successors
+run in circles, so that a text repeats itself, and n-grams find what follows. The work is that of real weights.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from distllm.runtime.sampling.sampling_params import (
 )
 from distllm.runtime.scheduler import Scheduler, SchedulerConfig
 from distllm.runtime.speculation.open import load_draft, open_speculation
-from distllm.runtime.speculation.speculation import SpeculationStats
+from distllm.runtime.speculation.speculation import Speculation, SpeculationStats
 from distllm.runtime.worker import run_worker
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class LLM:
             **options,
         )
         self._in_use = self._closed = False
+        self._speculation: Speculation | None = None  # on rank 0
         self._progress = progress
         self._processors = dict(logits_processors or {})
         self._control = open_control(comm, tensor_parallel_size * pipeline_parallel_size)

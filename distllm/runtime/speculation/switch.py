@@ -13,7 +13,7 @@ from time import perf_counter
 
 WINDOW = 16  # decisions that are timed together
 SETTLING = 2  # of them, in which results of the other way still arrive
-MIN_PATIENCE, MAX_PATIENCE = 2, 16  # windows until the way that lost is tried again
+TRIAL_SHARE = 0.02  # of the time: what may be lost by trying the way that is slower
 
 
 @dataclass
@@ -21,14 +21,18 @@ class _Rates:
     """For one size of batch."""
 
     by_way: dict[bool, float] = field(default_factory=dict)  # tokens a second, with speculation or without
-    patience: int = MIN_PATIENCE
-    num_windows: int = 0  # since the other way was tried
+    lost_s: float = 0.0  # by trials, and not yet made up for
 
-    def add(self, way: bool, rate: float) -> None:
-        best = self.best
-        self.by_way[way] = (self.by_way.get(way, rate) + rate) / 2
-        if len(self.by_way) == 2 and way != best:  # a trial of what had lost, or the first
-            self.patience = MIN_PATIENCE if self.best == way else min(2 * self.patience, MAX_PATIENCE)
+    def add(self, way: bool, rate: float, num_tokens: int, elapsed_s: float) -> None:
+        """What a window showed; elapsed_s: from its first decision on, settling included."""
+        was_best = way == self.best
+        self.by_way[way] = (self.by_way.get(way, rate) + rate) / 2 if was_best else rate
+        if len(self.by_way) < 2:
+            return
+        if way == self.best:
+            self.lost_s = max(0.0, self.lost_s - TRIAL_SHARE * elapsed_s)
+        else:
+            self.lost_s += max(0.0, elapsed_s - num_tokens / self.by_way[self.best])
 
     @property
     def best(self) -> bool:
@@ -37,11 +41,7 @@ class _Rates:
     def next_way(self) -> bool:
         if len(self.by_way) < 2:  # first with, then without
             return not self.by_way
-        self.num_windows += 1
-        if self.num_windows <= self.patience:
-            return self.best
-        self.num_windows = 0
-        return not self.best
+        return self.best if self.lost_s else not self.best
 
 
 class SpeculationSwitch:
@@ -49,8 +49,12 @@ class SpeculationSwitch:
         self._clock = clock
         self._rates: dict[int, _Rates] = {}
         self._bucket, self._way = -1, True
-        self._num_decisions = self._num_tokens = 0
-        self._started = 0.0
+        self._num_decisions = 0
+        self._begun = self._settled = (
+            0.0,
+            0,
+        )  # when the window began, when it settled, and the tokens till then
+        self._num_tokens = 0
 
     def decide(self, num_rows: int) -> bool:
         """Whether to speculate in the step that is being planned. Batches of up to twice the size count as
@@ -60,12 +64,11 @@ class SpeculationSwitch:
             self._bucket = bucket
             self._begin()
         elif self._num_decisions == WINDOW:
-            elapsed = self._clock() - self._started
-            self._rates[bucket].add(self._way, self._num_tokens / max(elapsed, 1e-9))
+            self._end(self._rates[bucket])
             self._begin()
         self._num_decisions += 1
         if self._num_decisions == SETTLING:
-            self._started, self._num_tokens = self._clock(), 0
+            self._settled = self._clock(), self._num_tokens
         return self._way
 
     def count(self, num_tokens: int) -> None:
@@ -75,7 +78,14 @@ class SpeculationSwitch:
     def disturb(self) -> None:
         """Prompts are computed: what is being timed would say little."""
         self._num_decisions = 0
+        self._begun = self._clock(), self._num_tokens
+
+    def _end(self, rates: _Rates) -> None:
+        now, tokens = self._clock(), self._num_tokens
+        rate = (tokens - self._settled[1]) / max(now - self._settled[0], 1e-9)
+        rates.add(self._way, rate, tokens - self._begun[1], now - self._begun[0])
 
     def _begin(self) -> None:
         self._way = self._rates.setdefault(self._bucket, _Rates()).next_way()
         self._num_decisions = 0
+        self._begun = self._clock(), self._num_tokens

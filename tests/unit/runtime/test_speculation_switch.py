@@ -1,0 +1,72 @@
+"""SpeculationSwitch on a made-up clock: it finds the faster way, keeps it, and pays little for looking."""
+
+from __future__ import annotations
+
+import pytest
+
+from distllm.runtime.speculation.switch import SpeculationSwitch
+
+
+class Engine:
+    """Steps that take as long, and yield as many tokens, as the way of the day makes them."""
+
+    def __init__(self, with_s: float, without_s: float) -> None:
+        self.step_s = {True: with_s, False: without_s}
+        self.tokens = {True: 3, False: 1}
+        self.now, self.num_tokens = 0.0, 0
+        self.switch = SpeculationSwitch(lambda: self.now)
+        self.ways: list[bool] = []
+
+    def run(self, num_steps: int, num_rows: int = 4) -> float:
+        """Returns tokens a second."""
+        began, before = self.now, self.num_tokens
+        for _ in range(num_steps):
+            way = self.switch.decide(num_rows)
+            self.ways.append(way)
+            self.now += self.step_s[way]
+            self.num_tokens += num_rows * self.tokens[way]
+            self.switch.count(num_rows * self.tokens[way])
+        return (self.num_tokens - before) / (self.now - began)
+
+
+@pytest.mark.parametrize(
+    ("with_s", "without_s"), [(0.010, 0.005), (0.020, 0.005), (0.100, 0.005), (0.005, 0.005)]
+)
+def test_the_faster_way_is_found_and_looking_costs_little(with_s: float, without_s: float) -> None:
+    engine = Engine(with_s, without_s)
+    engine.run(200)
+    best = 4 * max(3 / with_s, 1 / without_s)
+    assert engine.run(20_000) > 0.97 * best
+    assert set(engine.ways[200:]) == {True, False}, "the other way is never tried again"
+
+
+def test_it_follows_a_text_that_changes() -> None:
+    engine = Engine(0.020, 0.005)
+    engine.run(1000)
+    engine.step_s[True] = 0.006  # drafts are right now
+    engine.run(4000)
+    assert engine.run(2000) > 0.95 * 4 * 3 / 0.006
+
+
+def test_sizes_of_batches_are_judged_apart() -> None:
+    engine = Engine(0.006, 0.005)
+    engine.run(500, num_rows=1)
+    engine.step_s[True] = 0.050
+    engine.run(500, num_rows=100)
+    assert sum(engine.ways[-400:]) < 100
+    engine.step_s[True] = 0.006
+    engine.ways.clear()
+    engine.run(100, num_rows=1)
+    assert sum(engine.ways) > 60
+
+
+def test_prompts_in_between_are_not_timed() -> None:
+    engine = Engine(0.006, 0.005)
+    for _ in range(300):
+        engine.run(10)
+        if engine.ways[-1]:
+            engine.now += 10.0  # a long prompt
+            engine.switch.disturb()
+    engine.ways.clear()
+    engine.run(500)
+    assert sum(engine.ways) > 300
