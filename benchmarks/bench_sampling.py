@@ -96,10 +96,8 @@ def main(
     with llm:
         results = measure(llm, batch_size, num_steps, num_iters)
         if llm.is_root:
-            rows = [
-                [r.way, ms(r.step_s.median), ms(r.step_s.lowest), f"{r.of_greedy:.3f} ×"] for r in results
-            ]
-            print_table(f"Batch {batch_size}, ms per step", ["way", "step", "lowest", "of greedy"], rows)
+            header = ("way", "step", "lowest", "of greedy")
+            print_table(f"Batch {batch_size}, ms per step", header, [row(result) for result in results])
         if llm.is_root and output:
             command, facts = shlex.join(["python", *sys.argv]), {"engine": asdict(llm.config), "ways": WAYS}
             Report("sampling", command, llm.layout.world_size, facts, None, {"ways": results}).write(output)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests import launchers
-from tests.gpu.conftest import needs_gpus
+from tests.draw_cases import check_layouts
+from tests.gpu.conftest import needs_gpus, num_gpus
 from tests.gpu.engine_cases import EXPERTS, make_case, make_trained_case
 from tests.structured_cases import make_folder
 
@@ -67,3 +68,9 @@ def test_soak(tp: int, pp: int) -> None:
     args = ("-tp", tp, "-pp", pp, "--dtype", "bfloat16", "--requests", 1000, "--wave", 50)
     code, output = launchers.launcher("openmpi").run(tp * pp, "tests/e2e/run_soak.py", *args, timeout_s=280)
     assert code == 0 and f"tp {tp} pp {pp}: passed" in output, output
+
+
+@pytest.mark.timeout(400)
+def test_draws(tmp_path: Path) -> None:
+    """Sampled tokens follow the distribution: plain ones in captured steps, the others behind them."""
+    check_layouts(tmp_path, [tp for tp in (1, 2, 4) if tp <= num_gpus()], "cuda")

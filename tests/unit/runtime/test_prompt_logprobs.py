@@ -1,18 +1,21 @@
-"""Log-probabilities of prompts against transformers: in chunks, by stages, in any batch."""
+"""Log-probabilities of prompts against transformers: in chunks, by stages, in any batch; and what evaluation
+harnesses make of them, who send a context and its continuation as one prompt.
+"""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distllm import LLM, SamplingParams
+from distllm import LLM, RequestOutput, SamplingParams
 from distllm.comm.local import LocalControl, run_ranks
 from distllm.runtime.sampling import sampler
-from tests.checkpoints import make_llama
+from tests.checkpoints import greedy_reference, make_llama
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "whole": {},
@@ -81,17 +84,81 @@ def test_they_are_those_of_transformers(
                 assert entry.rank == 1 + int((row > row[number]).sum())
 
 
-def test_scores(model: tuple[Path, Any]) -> None:
-    """What an evaluation harness computes: the sum over a continuation, and whether it is the greedy one."""
-    (folder, oracle), texts = model, prompts()
-    outputs = run(folder, 1, 2, "score", texts, max_num_batched_tokens=16)
-    for text, output in zip(texts, outputs, strict=True):
-        expected = reference(oracle, text)
-        chosen = expected.gather(1, torch.tensor(text[1:])[:, None])[:, 0]
-        assert output.prompt_token_ids == text and len(output.logprobs) == len(text) - 1
-        assert output.logprobs == pytest.approx(chosen.tolist(), abs=1e-4)
-        assert output.logprob == pytest.approx(chosen.sum().item(), abs=1e-3)
-        assert output.is_greedy == (expected.argmax(-1) == torch.tensor(text[1:])).tolist()
+Question = tuple[list[int], list[int]]  # context, continuation
+Answer = tuple[list[float], bool]  # log-probability of each token of the continuation; is it the greedy one
+
+
+def questions(oracle: Any) -> list[Question]:
+    """As of a multiple choice: continuations of the same contexts, the greedy one among them."""
+    rng = random.Random(7)
+    found: list[Question] = []
+    for context_len in (1, 2, 9, 30):
+        context = rng.choices(range(3, 131), k=context_len)
+        greedy = greedy_reference(oracle, context, 4)
+        others = [rng.choices(range(3, 131), k=length) for length in (1, 12)]
+        found += [(context, continuation) for continuation in (greedy, [*greedy[:3], 3], *others)]
+    return found
+
+
+def answer(oracle: Any, context: list[int], continuation: list[int]) -> Answer:
+    rows, tokens = reference(oracle, context + continuation)[len(context) - 1 :], torch.tensor(continuation)
+    logprobs = rows.gather(1, tokens[:, None])[:, 0].tolist()
+    return logprobs, bool((rows.argmax(-1) == tokens).all())
+
+
+def read_echo(output: RequestOutput, context_len: int) -> Answer:
+    """As lm-eval's local-completions reads a completion that echoes its prompt: token_logprobs and
+    top_logprobs behind the context, but for the last, of the token that had to be generated; greedy is what
+    has the best log-probability of each position.
+    """
+    completion = output.outputs[0]
+    assert output.prompt_logprobs is not None and completion.logprobs is not None
+    token_ids = [*output.prompt_token_ids, *completion.token_ids]
+    positions = list(zip(token_ids, [*output.prompt_logprobs, *completion.logprobs], strict=True))
+    found, greedy = [], True
+    for token_id, entries in positions[context_len:-1]:
+        assert entries is not None
+        found.append(entries[token_id].logprob)
+        greedy &= found[-1] == max(entry.logprob for entry in entries.values())
+    return found, greedy
+
+
+def check_answers(found: list[Answer], oracle: Any, asked: list[Question]) -> None:
+    expected = [answer(oracle, *question) for question in asked]
+    assert {greedy for _, greedy in expected} == {True, False}
+    for (logprobs, greedy), (wanted, wanted_greedy) in zip(found, expected, strict=True):
+        assert greedy == wanted_greedy
+        assert logprobs == pytest.approx(wanted, abs=1e-4)
+        assert sum(logprobs) == pytest.approx(sum(wanted), abs=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["whole", "chunks"])
+def test_what_an_evaluation_harness_reads_off_an_echo(model: tuple[Path, Any], schedule: str) -> None:
+    (folder, oracle), asked = model, questions(model[1])
+    texts = [context + continuation for context, continuation in asked]
+    echo = SamplingParams(temperature=0, max_tokens=1, logprobs=1, prompt_logprobs=1)
+    # The generated token counts even where it ends the text, as it does for every other one.
+    stops = [greedy_reference(oracle, text, 1) if i % 2 else None for i, text in enumerate(texts)]
+    params = [replace(echo, stop_token_ids=stop) for stop in stops]
+    outputs = run(folder, 1, 2, "generate", texts, params, **SCHEDULES[schedule])
+    assert {output.outputs[0].finish_reason for output in outputs[1::2]} == {"stop"}
+    contexts = [len(context) for context, _ in asked]
+    check_answers([read_echo(*each) for each in zip(outputs, contexts, strict=True)], oracle, asked)
+
+
+@pytest.mark.parametrize("schedule", ["whole", "chunks"])
+def test_scores(model: tuple[Path, Any], schedule: str) -> None:
+    """The same from score(), where entry i is of token i + 1."""
+    (folder, oracle), asked = model, questions(model[1])
+    texts = [context + continuation for context, continuation in asked]
+    scores = run(folder, 1, 2, "score", texts, **SCHEDULES[schedule])
+    found = []
+    for text, (context, _), score in zip(texts, asked, scores, strict=True):
+        assert score.prompt_token_ids == text and len(score.logprobs) == len(text) - 1
+        assert score.logprob == pytest.approx(sum(answer(oracle, text[:1], text[1:])[0]), abs=1e-3)
+        start = len(context) - 1
+        found.append((score.logprobs[start:], all(score.is_greedy[start:])))
+    check_answers(found, oracle, asked)
 
 
 def test_a_cached_prefix_is_computed_again(model: tuple[Path, Any]) -> None:
