@@ -4,9 +4,9 @@
     mpirun -n 2 python benchmarks/bench_speculation.py /scratch/pair benchmarks/shapes/llama-8b -tp 2
 
 Random weights are never guessed right, so the folder gets a pair of models of the shape whose texts are
-known: in both, the layers add next to nothing to the embedding, and the head names a successor for each
-token. The draft has the first of the layers and the same successors for --agreement of the tokens. Successors
-run in circles, so that a text repeats itself, and n-grams find what follows. The work is that of real weights.
+known. They work as hard as others; but their layers add next to nothing to the embedding, and the head names
+a successor for each token. The draft has the first of the layers and the same successors for --agreement of
+the tokens. Successors run in circles, so that a text repeats itself, and n-grams find what follows.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def make_pair(folder: Path, shape: Path, draft_layers: int, agreement: float) ->
     embedding = torch.randn(vocab_size, hidden_size, dtype=torch.bfloat16, device=device)
     successors = circles(vocab_size)
     guessed = successors.clone()
-    wrong = torch.randperm(vocab_size)[: round(vocab_size * (1 - agreement))]
+    wrong = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))[
+        : round(vocab_size * (1 - agreement))
+    ]
     guessed[wrong] = successors[wrong.roll(1)]
     layers = config["num_hidden_layers"]
     for name, num_layers, follows in (("model", layers, successors), ("draft", draft_layers, guessed)):

@@ -100,11 +100,13 @@ class Coordinator:
             failed = self._take_up_masks(owner)
             plan = self._scheduler.schedule()
         set_step(plan.step)
-        with watch("broadcast"):
-            if self._control.size > 1:
-                self._control.bcast(encode(plan))
-        with watch("launch"):
-            self._runner.run(plan)
+        # Through a pipeline, tokens reach the first stage in steps without rows as well.
+        if self._pp_size > 1 or not plan.is_empty:
+            with watch("broadcast"):
+                if self._control.size > 1:
+                    self._control.bcast(encode(plan))
+            with watch("launch"):
+                self._runner.run(plan)
         with watch("wait"):
             result = self._runner.result(plan.step - self._pp_size)
         with watch("deliver"):

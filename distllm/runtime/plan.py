@@ -110,6 +110,12 @@ class StepPlan:
     token_masks: dict[int, bytes] = field(default_factory=dict)
 
     @property
+    def is_empty(self) -> bool:
+        """Nothing runs and nothing changes: there is only to wait for results."""
+        changes = self.new_rows or self.row_updates or self.block_updates or self.block_copies
+        return not (self.num_rows or changes)
+
+    @property
     def num_rows(self) -> int:
         return len(self.decode_slots) + len(self.prefills)
 

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log
+
+LEAST_CHANCE = 0.25  # of a draft to be right, with all before it: below, its place is better left empty
+MEMORY = 0.7  # of acceptance: what is left of it after each verification
 
 
 @dataclass(slots=True)
 class Drafting:
     limit: int  # drafts of the next verification at most
+    acceptance: float = 0.8  # chance of a draft whose predecessors are right, as it has been of late
     token_ids: tuple[int, ...] = ()  # in verification
     start: int = 0  # their first position
     num_right: int = 0  # of those in verification, as far as results have come
@@ -32,10 +37,13 @@ class Drafting:
         return True
 
     def end(self) -> None:
-        """All results have come. Where every draft was right the next are more, else not many more than were
-        right: text that can be guessed comes in stretches."""
+        """All results have come."""
         num_drafts = len(self.token_ids)
         self.num_drafted += num_drafts
         self.num_accepted += self.num_right
-        self.limit = num_drafts + 2 if self.num_right == num_drafts else self.num_right + 1
+        num_tried = min(self.num_right + 1, num_drafts)
+        self.acceptance = MEMORY * self.acceptance + (1 - MEMORY) * self.num_right / num_tried
+        self.limit = max(1, int(log(LEAST_CHANCE) / log(min(max(self.acceptance, 0.01), 0.99))))
+        if self.num_right == num_drafts:  # text that can be guessed comes in stretches
+            self.limit = max(self.limit, num_drafts + 2)
         self.token_ids = ()

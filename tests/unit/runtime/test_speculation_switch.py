@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from distllm.runtime.speculation.drafting import Drafting
 from distllm.runtime.speculation.switch import SpeculationSwitch
 
 
@@ -70,3 +71,27 @@ def test_prompts_in_between_are_not_timed() -> None:
     engine.ways.clear()
     engine.run(500)
     assert sum(engine.ways) > 300
+
+
+def verify(drafting: Drafting, num_drafts: int, num_right: int) -> int:
+    """What the limit is after a verification."""
+    drafting.begin(10, tuple(range(num_drafts)))
+    known = list(range(10))
+    for number in range(num_drafts + 1):
+        assert drafting.takes(number, known) == (number <= num_right)
+        if number <= num_right:
+            known.append(number if number < num_right else -1)
+    drafting.end()
+    return drafting.limit
+
+
+def test_drafts_grow_and_shrink_with_what_was_right() -> None:
+    drafting = Drafting(4)
+    assert [verify(drafting, 4, 4), verify(drafting, 6, 6)] == [9, 13]
+    for _ in range(20):
+        limit = verify(drafting, 4, 0)
+    assert limit == 1 and (drafting.num_drafted, drafting.num_accepted) == (90, 10)
+    assert verify(drafting, 1, 1) == 3, "one that is right lets more follow"
+    for _ in range(30):
+        limit = verify(drafting, 4, 3)  # 3 of 4 tried
+    assert limit == 4  # 0.75 ** 4 is above a quarter
