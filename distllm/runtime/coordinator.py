@@ -15,15 +15,15 @@ from distllm.comm.fatal import set_step
 from distllm.errors import RequestError
 from distllm.runtime.generation import Generation
 from distllm.runtime.model_runner import ModelRunner
-from distllm.runtime.plan_codec import encode, encode_end, encode_error
+from distllm.runtime.plan_codec import encode, encode_end, encode_error, encode_masks
 from distllm.runtime.request import Request
 from distllm.runtime.scheduler import AcceptedToken, Scheduler
 from distllm.runtime.structured.constraint import ConstraintThreads
 
 # What a step consists of on rank 0, in order. In "wait" the host waits for the device, or finds it done.
-PARTS = ("schedule", "broadcast", "launch", "wait", "deliver")
+PARTS = ("schedule", "broadcast", "launch", "wait", "deliver", "masks")
 
-MAX_MASK_WAIT_S = 0.005  # before a step is planned without the requests whose masks are not there
+MASK_WAIT_S = 0.005  # until it is looked again whether there is anything to run
 
 Watch = Callable[[str], AbstractContextManager[object]]
 
@@ -97,7 +97,7 @@ class Coordinator:
         """One step; the generations that have new tokens, each once, in order."""
         watch = self.watch
         with watch("schedule"):
-            failed = self._take_up_masks(owner)
+            failed = self._take_up_masks(owner, 0)
             plan = self._scheduler.schedule()
         set_step(plan.step)
         # Through a pipeline, tokens reach the first stage in steps without rows as well.
@@ -112,12 +112,31 @@ class Coordinator:
         with watch("deliver"):
             for request, start, logprobs in self._scheduler.take_scores(result):
                 owner[request].add_prompt_logprobs(start, logprobs)
-            return failed + self._deliver(self._scheduler.update(result), owner)
+            changed = failed + self._deliver(self._scheduler.update(result), owner)
+        with watch("masks"):
+            if plan.awaits_masks:
+                changed += self._send_masks(owner)
+            elif plan.is_empty and not changed:  # all wait for masks
+                changed += self._take_up_masks(owner, MASK_WAIT_S)
+        return changed
 
-    def _take_up_masks(self, owner: dict[Request, Generation]) -> list[Generation]:
+    def _send_masks(self, owner: dict[Request, Generation]) -> list[Generation]:
+        """What the last step may sample: its layers are running meanwhile. Requests that have ended need
+        none; those that can have none end, and are given back."""
+        failed: list[Generation] = []
+        awaiting = self._scheduler.awaiting
+        while any(r.num_tokens_in_mask < r.num_output_tokens for r in awaiting if r.finish_reason is None):
+            failed += self._take_up_masks(owner, None)
+        masks = {r.slot: r.constraint.mask for r in awaiting if r.constraint and r.finish_reason is None}
+        if self._control.size > 1:
+            self._control.bcast(encode_masks(masks))
+        self._runner.sample(masks)
+        return failed
+
+    def _take_up_masks(self, owner: dict[Request, Generation], timeout_s: float | None) -> list[Generation]:
         """Requests whose masks have come may run again; those that can have none end, and are given back."""
         failed: list[Generation] = []
-        for request in self._constraints.collect(MAX_MASK_WAIT_S):
+        for request in self._constraints.collect(timeout_s):
             if request.constraint is None or request.finish_reason is not None:
                 continue
             self._scheduler.resume(request)

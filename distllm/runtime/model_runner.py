@@ -9,7 +9,7 @@ request; called by the worker and the coordinator loops.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -63,6 +63,7 @@ class ModelRunner:
         self._prompts: list[PromptGraphs[tuple[TokenBatch, torch.Tensor]]] = []
         self._hidden_in: torch.Tensor | None = None  # where captured steps of later stages read
         self._in_flight: deque[SampledRows] = deque()  # first stage, pp > 1: sampled, not received
+        self._unsampled: Callable[[], None] | None = None  # last stage: how the last step goes on
         self._results: dict[int, tuple[SampledRows, HostCopy]] = {}  # rank 0: received, not read
 
     @torch.inference_mode()
@@ -110,6 +111,23 @@ class ModelRunner:
         self._copy_blocks(plan.block_copies)
         if plan.num_rows:
             self._run_rows(plan)
+
+    @torch.inference_mode()
+    def sample(self, masks: dict[int, bytes]) -> None:
+        """Sample the step that was run last, under these masks besides its plan's own.
+
+        Collective: every rank of the engine, once after a plan that awaits masks.
+        """
+        self._tables.token_masks |= masks
+        sample, self._unsampled = self._unsampled, None
+        if sample is not None:
+            sample()
+
+    def _sample_when_allowed(self, plan: StepPlan, sample: Callable[[], None]) -> None:
+        if plan.awaits_masks:
+            self._unsampled = sample
+        else:
+            sample()
 
     def result(self, step: int) -> StepResult:
         """The ids sampled in a step ≤ the last plan's − pp_size. Rank 0 only; each step once. Waits for the
@@ -202,12 +220,18 @@ class ModelRunner:
         if not self._layout.is_last_stage:
             self._send_hidden(result.clone())
             self._expect(replace(rows, positions=rows.positions.clone()))
-        elif output.token_ids is None or self._tables.special_rows(slots):
-            self._pass_on(rows, self._sampler.sample(result, slots, rows.positions))
-        elif self._layout.is_first_stage:  # the tokens are in the tables
-            self._keep_result(rows, Sampled(output.token_ids[: len(slots)]))
         else:
-            self._send(Sampled(output.token_ids[: len(slots)].clone()))
+            self._sample_when_allowed(plan, partial(self._sample_decoded, rows, output))
+
+    def _sample_decoded(self, rows: SampledRows, output: _DecodeOutput) -> None:
+        """Last stage: of a captured step, which has sampled as if all rows were plain."""
+        num_rows = len(rows.slots)
+        if output.token_ids is None or self._tables.special_rows(rows.slots):
+            self._pass_on(rows, self._sampler.sample(output.result[:num_rows], rows.slots, rows.positions))
+        elif self._layout.is_first_stage:  # the tokens are in the tables
+            self._keep_result(rows, Sampled(output.token_ids[:num_rows]))
+        else:
+            self._send(Sampled(output.token_ids[:num_rows].clone()))
 
     def _sampled_rows(self, plan: StepPlan, positions: torch.Tensor) -> SampledRows:
         slots, scored = plan.sampled_slots, [row for _, row in plan.scored_rows]
@@ -240,6 +264,10 @@ class ModelRunner:
             return
         ends = batch.cu_seqlens_q[1:][index].long()
         shard = self._decoder.head(hidden[ends - 1 - back])
+        self._sample_when_allowed(plan, partial(self._sample_rows, rows, shard, scores))
+
+    def _sample_rows(self, rows: SampledRows, shard: torch.Tensor, scores: Logprobs | None) -> None:
+        """Last stage: from the head's logits, one row for each token."""
         sampled = self._sampler.sample(shard, rows.slots, rows.positions)
         self._pass_on(rows, replace(sampled, scores=scores))
 

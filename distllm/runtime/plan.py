@@ -108,6 +108,7 @@ class StepPlan:
     # slot → which tokens it may sample in this step, where a grammar says so: one bit for each token id, the
     # lowest first, in whole int32 words. A mask for each token that the slot samples, one after another.
     token_masks: dict[int, bytes] = field(default_factory=dict)
+    awaits_masks: bool = False  # more of them come in a message of their own, before anything is sampled
 
     @property
     def is_empty(self) -> bool:

@@ -22,7 +22,7 @@ from distllm.runtime.sampling.logit_controls import LogitControls
 Words = npt.NDArray[np.int32]
 
 FORMAT = 0x444C0004  # "DL", then the version of this layout
-_STEP, _END, _ERROR, _DRAFT = 1, 2, 3, 4
+_STEP, _END, _ERROR, _DRAFT, _MASKS = 1, 2, 3, 4, 5
 _HEADER_WORDS = 3
 _SAMPLING = struct.Struct("<qdddd")  # seed, temperature, top_p, min_p, typical_p
 _BIAS = struct.Struct("<id")  # token id, what is added: three words
@@ -48,11 +48,22 @@ class DraftPlan:
     plan: StepPlan
 
 
+@dataclass(frozen=True)
+class Masks:
+    """What the last step awaits before it samples: as StepPlan.token_masks."""
+
+    token_masks: dict[int, bytes]
+
+
+Message = StepPlan | DraftPlan | Masks | End | Error
+
+
 def encode(plan: StepPlan, *, for_draft: bool = False) -> Words:
     """The plan as one message. Inverse of decode_message."""
     ranges = _slot_ranges(plan.decode_slots)
     words = [*_words(struct.pack("<q", plan.step)), len(plan.new_rows), len(plan.row_updates)]
     words += [len(plan.block_updates), len(plan.block_copies), len(ranges), len(plan.prefills)]
+    words.append(int(plan.awaits_masks))
     for init in plan.new_rows:
         words += _encode_row_init(init)
     for row_update in plan.row_updates:
@@ -67,6 +78,10 @@ def encode(plan: StepPlan, *, for_draft: bool = False) -> Words:
     return _message(_DRAFT if for_draft else _STEP, words, *_encode_masks(plan.token_masks))
 
 
+def encode_masks(masks: dict[int, bytes]) -> Words:
+    return _message(_MASKS, [], *_encode_masks(masks))
+
+
 def encode_end() -> Words:
     return _message(_END, [])
 
@@ -76,8 +91,8 @@ def encode_error(text: str) -> Words:
     return _message(_ERROR, [len(data), *_words(data + bytes(-len(data) % 4))])
 
 
-def decode_message(array: Words) -> StepPlan | DraftPlan | End | Error:
-    """Raises DistllmError for anything that encode, encode_end and encode_error do not write."""
+def decode_message(array: Words) -> Message:
+    """Raises DistllmError for anything that the functions above do not write."""
     assert array.dtype == np.int32 and array.ndim == 1, (
         f"a message is 1-D int32, not {array.ndim}-D {array.dtype}"
     )
@@ -140,8 +155,8 @@ class _Reader:
 
 def _decode_step(reader: _Reader) -> StepPlan:
     (step,) = struct.unpack("<q", _bytes(reader.take(2)))
-    num_new, num_row_updates, num_updates, num_copies, num_ranges, num_prefills = reader.take(6)
-    plan = StepPlan(step)
+    num_new, num_row_updates, num_updates, num_copies, num_ranges, num_prefills, awaits = reader.take(7)
+    plan = StepPlan(step, awaits_masks=bool(awaits))
     plan.new_rows = [_decode_row_init(reader) for _ in range(num_new)]
     plan.row_updates = [_decode_row_update(reader) for _ in range(num_row_updates)]
     plan.block_updates = [_decode_block_update(reader) for _ in range(num_updates)]
@@ -162,9 +177,10 @@ def _decode_error(reader: _Reader) -> Error:
     return Error(_bytes(reader.take(-(-num_bytes // 4)))[:num_bytes].decode())
 
 
-_DECODERS: dict[int, Callable[[_Reader], StepPlan | DraftPlan | End | Error]] = {
+_DECODERS: dict[int, Callable[[_Reader], Message]] = {
     _STEP: _decode_step,
     _DRAFT: lambda reader: DraftPlan(_decode_step(reader)),
+    _MASKS: lambda reader: Masks(_decode_masks(reader) if reader.has_more else {}),
     _END: _decode_end,
     _ERROR: _decode_error,
 }

@@ -43,6 +43,7 @@ class Request:
     index: int = 0  # among the n samples of one prompt
     group: BeamGroup | None = None  # the beam search that it is a row of
     constraint: Constraint | None = None  # of a structured output: which tokens may come next
+    num_tokens_in_mask: int = 0  # output tokens that the constraint has taken
     drafting: Drafting | None = None  # None: it does not speculate
 
     status: RequestStatus = RequestStatus.WAITING
@@ -82,6 +83,12 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def is_known(self) -> bool:
+        """Nothing of it is on its way: neither tokens nor the mask behind them."""
+        in_mask = self.constraint is None or self.num_tokens_in_mask == self.num_output_tokens
+        return in_mask and not self.num_pending
 
     @property
     def scores_prompt(self) -> bool:

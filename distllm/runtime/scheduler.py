@@ -64,6 +64,7 @@ class Scheduler:
         self._branching: list[BeamGroup] = []  # running, decided, and waiting for blocks
         self._outstanding: deque[_Outstanding] = deque()
         self._scored: list[tuple[Request, int, int]] = []  # of the step that is being planned
+        self.awaiting: list[Request] = []  # whose masks the last plan awaits
 
     @property
     def has_unfinished(self) -> bool:
@@ -122,15 +123,25 @@ class Scheduler:
         return plan
 
     def resume(self, request: Request) -> None:
-        """The request's constraint has taken all its tokens: it may run again."""
-        request.ready_step = self.step
+        """The request's constraint has taken all its tokens: its mask is that of the next one."""
+        request.num_tokens_in_mask = request.num_output_tokens
+        if request.ready_step == NEVER and not request.num_pending:
+            request.ready_step = self.step
 
     def _constrain(self, plan: StepPlan, sampled: list[Request]) -> None:
-        """What may come after a token depends on it: until it is known, and its mask, the others go ahead."""
+        """What may come after a token depends on it. Masks that are not known yet are awaited while the step
+        runs; where finding one takes long, the request does not run before it is found."""
+        self.awaiting = []
         for request in sampled:
-            if request.constraint is not None:
-                plan.token_masks.setdefault(request.slot, request.constraint.mask)
+            if request.constraint is None or request.slot in plan.token_masks:
+                continue
+            if request.num_tokens_in_mask == request.num_planned_tokens - 1 - request.num_prompt_tokens:
+                plan.token_masks[request.slot] = request.constraint.mask
+            else:
+                self.awaiting.append(request)
+            if request.constraint.is_slow:
                 request.ready_step = NEVER
+        plan.awaits_masks = bool(self.awaiting)
 
     def _branch_beams(self, plan: StepPlan) -> set[Request]:
         """Carry out what beam searches have decided, in order, as far as there are blocks; their rows then

@@ -6,7 +6,7 @@ from distllm.comm.base import Control
 from distllm.comm.fatal import set_step
 from distllm.errors import RequestError
 from distllm.runtime.model_runner import ModelRunner
-from distllm.runtime.plan_codec import DraftPlan, End, Error, decode_message
+from distllm.runtime.plan_codec import DraftPlan, End, Error, Masks, decode_message
 
 
 def run_worker(control: Control, runner: ModelRunner, draft_runner: ModelRunner | None = None) -> None:
@@ -25,6 +25,9 @@ def run_worker(control: Control, runner: ModelRunner, draft_runner: ModelRunner 
         if isinstance(message, DraftPlan):
             if draft_runner is not None:
                 draft_runner.run(message.plan)
+            continue
+        if isinstance(message, Masks):
+            runner.sample(message.token_masks)
             continue
         set_step(message.step)
         runner.run(message)

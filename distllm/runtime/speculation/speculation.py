@@ -48,13 +48,13 @@ class Speculation:
         self._pays = self.switch.decide(num_rows)
         if not self._pays:
             return requests
-        return [request for request in requests if request.drafting is None or not request.num_pending]
+        return [request for request in requests if request.drafting is None or request.is_known]
 
     def num_wanted(self, request: Request) -> int:
         """How many drafts the request should get. So few that even if all are right it does not end: an end
         by length is foreseen by counting.
         """
-        if not self._pays or request.drafting is None or request.num_pending:
+        if not self._pays or request.drafting is None or not request.is_known:
             return 0
         room = request.max_total_tokens - len(request.token_ids) - 2
         return max(0, min(self._num_tokens, request.drafting.limit, room))

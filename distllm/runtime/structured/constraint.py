@@ -6,8 +6,10 @@ that have one and nobody else. Knows no scheduler; runtime.structured.grammars m
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from distllm.runtime.structured.grammar_trial import one_line
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 
     from distllm.runtime.request import Request
 
-NUM_THREADS = 4
-ROWS_OF_A_JOB = 16  # at least: most masks take less than handing them over
+NUM_THREADS = max(4, min(16, (os.cpu_count() or 1) // 2))
+ROWS_OF_A_JOB = 8  # at least: most masks take less than handing them over
+SLOW_S = 0.003  # to take a token and find the next mask: the others of the batch do not wait so long
 
 
 class Constraint:
@@ -34,11 +37,17 @@ class Constraint:
         self._min_tokens, self._stops = min_tokens, sum(1 << token_id for token_id in set(stop_token_ids))
         self._num_tokens = 0
         self.error: str | None = None
+        self.is_slow = False  # the last time
         self.mask = b""
         self._find_mask()
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """Take tokens that were sampled, the first of them under the mask."""
+        start = time.perf_counter()
+        self._take(token_ids)
+        self.is_slow = time.perf_counter() - start > SLOW_S
+
+    def _take(self, token_ids: Sequence[int]) -> None:
         self._num_tokens += len(token_ids)
         if not _allows(self.mask, token_ids[0]):
             self.error = "no token satisfies both the grammar and the other controls of the request"
@@ -96,11 +105,12 @@ class ConstraintThreads:
             part = tokens[start : start + size]
             self._jobs[self._executor.submit(_advance, part)] = [request for request, _ in part]
 
-    def collect(self, timeout_s: float) -> list[Request]:
-        """The requests whose constraints came up to date since the last call. Waits no longer for all."""
+    def collect(self, timeout_s: float | None) -> list[Request]:
+        """The requests whose constraints came up to date since the last call. Waits no longer for one; None:
+        as long as it takes."""
         if not self._jobs:
             return []
-        done, _ = wait(self._jobs, timeout_s)
+        done, _ = wait(self._jobs, timeout_s, FIRST_COMPLETED)
         ready = [job for job in self._jobs if job in done]
         for job in ready:
             job.result()  # raises what went wrong there

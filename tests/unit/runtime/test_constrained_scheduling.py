@@ -1,4 +1,4 @@
-"""When the scheduler runs rows with a constraint: not before it has taken their newest token."""
+"""When the scheduler runs rows with a constraint: a slow one not before it has taken their newest token."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from distllm.runtime.scheduler import Scheduler, SchedulerConfig
 class Mask:
     """Stands for the constraint of a request: as many bytes as it has taken tokens."""
 
-    def __init__(self) -> None:
-        self.mask = b""
+    def __init__(self, is_slow: bool) -> None:
+        self.mask, self.is_slow = b"", is_slow
 
 
 class Steps:
     """A scheduler whose steps sample token 7 everywhere."""
 
-    def __init__(self, depth: int, *constrained: bool) -> None:
+    def __init__(self, depth: int, *constrained: bool, is_slow: bool = True) -> None:
+        self._is_slow = is_slow
         self.scheduler = Scheduler(SchedulerConfig(9, 64, 64, 4, 40, False, depth))
         self.requests = [self._request(str(number), each) for number, each in enumerate(constrained)]
         self._plans: list[StepPlan] = []
@@ -40,9 +41,8 @@ class Steps:
         constraint.mask += b"."
         self.scheduler.resume(request)
 
-    @staticmethod
-    def _request(name: str, is_constrained: bool) -> Request:
-        constraint: Any = Mask() if is_constrained else None
+    def _request(self, name: str, is_constrained: bool) -> Request:
+        constraint: Any = Mask(self._is_slow) if is_constrained else None
         return Request(name, (1, 2, 3), 20, RowSampling(), constraint=constraint)
 
 
@@ -80,3 +80,39 @@ def test_a_preempted_one_is_not_admitted_before_its_mask_is_known() -> None:
     plan, _ = steps.step()
     assert plan.token_masks == {bound.slot: b"."} and plan.num_tokens == 4
     steps.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_one_that_is_fast_runs_and_its_mask_comes_after(depth: int) -> None:
+    steps = Steps(depth, True, False, is_slow=False)
+    bound, free = steps.requests
+    first, _ = steps.step()
+    assert first.token_masks == {bound.slot: b""} and not first.awaits_masks
+    for _ in range(4):
+        while bound.slot not in (plan := steps.step()[0]).sampled_slots:
+            assert plan.num_rows <= 1 and not plan.awaits_masks
+        assert plan.awaits_masks and not plan.token_masks and steps.scheduler.awaiting == [bound]
+        assert bound.num_output_tokens == bound.num_tokens_in_mask + 1, (
+            "its token has come with this very step"
+        )
+        steps.take(bound)
+    assert abs(free.num_planned_tokens - bound.num_planned_tokens) <= 1, "both run at the same pace"
+    steps.scheduler.check_integrity()
+
+
+def test_one_that_becomes_slow_while_it_runs_ahead_waits_for_what_it_samples() -> None:
+    steps = Steps(2, True, is_slow=False)
+    (bound,) = steps.requests
+    constraint: Any = bound.constraint
+    steps.step()
+    steps.step()
+    constraint.is_slow = True
+    plan, _ = steps.step()
+    assert steps.scheduler.awaiting == [bound]
+    steps.take(bound)
+    for _ in range(2):
+        assert not steps.step()[0].sampled_slots, "its token is on its way"
+    assert bound.num_pending == 0
+    steps.take(bound)
+    plan, _ = steps.step()
+    assert plan.token_masks == {bound.slot: b".."}

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from distllm.errors import DistllmError
 from distllm.runtime.plan import BlockUpdate, PrefillRow, RowInit, RowSampling, RowUpdate, StepPlan
-from distllm.runtime.plan_codec import End, Error, decode_message, encode, encode_end, encode_error
+from distllm.runtime.plan_codec import (
+    DraftPlan,
+    End,
+    Error,
+    Masks,
+    decode_message,
+    encode,
+    encode_end,
+    encode_error,
+    encode_masks,
+)
 from distllm.runtime.sampling.logit_controls import LogitControls
 
 ids = st.integers(0, 2**31 - 1)
@@ -69,30 +79,36 @@ def test_round_trip_of_errors(text: str) -> None:
     assert decode_message(encode_error(text)) == Error(text)
 
 
+@pytest.mark.parametrize("masks", [{}, {3: bytes(range(8)), 0: bytes(12)}])
+def test_round_trip_of_masks(masks: dict[int, bytes]) -> None:
+    assert decode_message(encode_masks(masks)) == Masks(masks)
+    assert decode_message(encode(StepPlan(4), for_draft=True)) == DraftPlan(StepPlan(4))
+
+
 def test_round_trip_of_end() -> None:
     assert decode_message(encode_end()) == End()
 
 
 @pytest.mark.parametrize("count", [1, 256, 4096])
-def test_steady_decode_costs_52_bytes(count: int) -> None:
-    assert encode(StepPlan(10**12, list(range(count)))).nbytes == 52
+def test_steady_decode_costs_56_bytes(count: int) -> None:
+    assert encode(StepPlan(10**12, list(range(count)))).nbytes == 56
 
 
 def test_a_gap_in_the_slots_costs_8_bytes_and_a_new_block_16() -> None:
     slots = [*range(100), *range(120, 256)]
     updates = [BlockUpdate(slot, 7, (slot + 1,)) for slot in range(16)]
-    assert encode(StepPlan(1, slots)).nbytes == 52 + 8
-    assert encode(StepPlan(1, slots, block_updates=updates)).nbytes == 52 + 8 + 16 * 16
+    assert encode(StepPlan(1, slots)).nbytes == 56 + 8
+    assert encode(StepPlan(1, slots, block_updates=updates)).nbytes == 56 + 8 + 16 * 16
 
 
 def test_masks_cost_what_they_hold() -> None:
     masks = {slot: bytes(4000) for slot in range(64)}
-    assert encode(StepPlan(1, list(range(64)), token_masks=masks)).nbytes == 52 + 4 * (2 * 64 + 1) + 64 * 4000
+    assert encode(StepPlan(1, list(range(64)), token_masks=masks)).nbytes == 56 + 4 * (2 * 64 + 1) + 64 * 4000
 
 
 def test_a_cut_mask_is_refused() -> None:
     message = encode(StepPlan(1, [3], token_masks={3: bytes(range(40))}))
-    for length in range(14, len(message)):
+    for length in range(15, len(message)):
         cut = message[:length].copy()
         cut[2] = length
         with pytest.raises(DistllmError, match="words wanted at word"):
