@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
 from distllm.runtime.beams.beam_generation import BeamGeneration
-from distllm.runtime.beams.beam_search import count_candidates
+from distllm.runtime.beams.beam_search import count_logprobs
 from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.generation import Generation
 from distllm.runtime.plan import RowSampling
@@ -127,7 +127,7 @@ class Admission:
     def _admit_beam(self, prompt: Prompt, params: BeamSearchParams) -> BeamGeneration:
         _, token_ids = self._tokenize(prompt)
         self._check_length(token_ids)
-        num_candidates = count_candidates(params, self._eos)
+        num_candidates = count_logprobs(params, self._eos)
         if num_candidates > self._vocab_size:
             raise RequestError(
                 f"beam_width is {params.beam_width}: {num_candidates} continuations of each are looked at, "

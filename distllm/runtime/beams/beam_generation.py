@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from distllm.engine.tokenizers import Tokenizer
 from distllm.runtime.beams.beam_group import BeamGroup
-from distllm.runtime.beams.beam_search import BeamSearch, Hypothesis, count_candidates
+from distllm.runtime.beams.beam_search import BeamSearch, count_logprobs
 from distllm.runtime.beams.beam_search_params import BeamSearchParams
+from distllm.runtime.beams.group_search import Hypothesis
 from distllm.runtime.outputs import BeamSearchOutput, BeamSearchSequence
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.request import Request
@@ -31,7 +32,7 @@ class BeamGeneration:
         self._params = params
         self._tokenizer = tokenizer
         self._search = BeamSearch(params, max_tokens, eos_token_ids)
-        sampling = RowSampling(num_logprobs=count_candidates(params, eos_token_ids))
+        sampling = RowSampling(num_logprobs=count_logprobs(params, eos_token_ids))
         self.requests = [
             Request(f"{request_id}.{row}", tuple(prompt_token_ids), max_tokens, sampling, index=row)
             for row in range(params.beam_width)

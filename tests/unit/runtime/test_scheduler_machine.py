@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -252,12 +252,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         priority=st.integers(0, 2),
         beam_width=st.sampled_from([1, 2, 3, 3]),
+        in_groups=st.booleans(),
         length_penalty=st.sampled_from([-1.0, 0.0, 1.0, 2.0]),
         early_stopping=st.sampled_from([True, False, "never"]),
         ignore_eos=st.booleans(),
     )
-    def add_beams(self, base: list[int], length: int, priority: int, **fields: Any) -> None:
-        search = new_search(params := BeamSearchParams(**fields))
+    def add_beams(self, base: list[int], length: int, priority: int, in_groups: bool, **fields: Any) -> None:
+        params = BeamSearchParams(**fields)
+        if in_groups and params.beam_width > 1:
+            params = replace(params, num_beam_groups=params.beam_width, diversity_penalty=1.0)
+        search = new_search(params)
         prompt = tuple(base[:length])
         requests = [
             Request(
@@ -382,7 +386,7 @@ def test_scheduler_machine() -> None:
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
-            max_examples=600,
+            max_examples=800,
             phases=[Phase.generate],  # add Phase.shrink to see a failure in few rules; it takes minutes
             stateful_step_count=40,
             derandomize=True,
