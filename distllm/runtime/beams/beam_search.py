@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from distllm.runtime.beams.beam_search_params import BeamSearchParams
-from distllm.runtime.beams.group_search import Child, GroupSearch, Hypothesis, count_candidates
+from distllm.runtime.beams.group_search import Child, GroupSearch, Hypothesis
 from distllm.runtime.plan import TokenLogprobs
 
 
 def count_logprobs(params: BeamSearchParams, eos_token_ids: Sequence[int]) -> int:
-    """How many of its best continuations every row must give: the other groups may put a penalty on as many
-    of them as they have beams, and still the candidates of the row's own group are among them."""
-    return count_candidates(params, eos_token_ids) + params.beam_width - params.group_size
+    """How many of its best continuations every row must give, so that none is missed: as many as its group
+    has beams, as many as there are ways to end, and as many as the other groups can put a penalty on."""
+    return params.beam_width + (0 if params.ignore_eos else len(eos_token_ids))
 
 
 class BeamSearch:

@@ -42,13 +42,6 @@ class Child(NamedTuple):
     cum_logprob: float
 
 
-def count_candidates(params: BeamSearchParams, eos_token_ids: Sequence[int]) -> int:
-    """How many continuations are looked at, of each beam of a group and then of all: group_size of them go
-    on, even if every beam could also end in every way."""
-    num_eos = 0 if params.ignore_eos else len(eos_token_ids)
-    return max(2, 1 + num_eos) * params.group_size
-
-
 class GroupSearch:
     """Begins with one row, the prompt; from the first advance() on it has group_size rows."""
 
@@ -57,14 +50,15 @@ class GroupSearch:
         self._params = params
         self._max_tokens = max_tokens
         self._eos = frozenset(() if params.ignore_eos else eos_token_ids)
-        self._num_candidates = count_candidates(params, eos_token_ids)
+        # group_size of them go on, even if every beam could also end in every way
+        self._num_candidates = (1 + len(self._eos)) * params.group_size
         self._beams = [Beam([], 0.0, 0.0)]
         self.has_ended = False
         self.hypotheses: list[Hypothesis] = []  # the best first, at most group_size; at the end all of these
 
     def advance(self, results: Sequence[TokenLogprobs], penalties: Mapping[int, float]) -> list[Child]:
-        """One more token. results: of each row, the best, in order: count_candidates() of them, and one more
-        for every token that has a penalty.
+        """One more token. results: of each row, the best, in order: group_size of them, and one more for
+        every end-of-sequence token and every token that has a penalty.
 
         Returns the new content of every row, also if the search has ended with it. A row that goes on at all
         is its own first child's parent.
@@ -82,7 +76,7 @@ class GroupSearch:
         return children
 
     def _best(self, results: Sequence[TokenLogprobs], penalties: Mapping[int, float]) -> list[Child]:
-        """The count_candidates() best continuations of all rows, in order."""
+        """The best continuations of all rows, in order."""
         rows: Iterable[Iterable[Child]] = (self._extend(*entry, penalties) for entry in enumerate(results))
         if penalties:  # a row's order is another one now
             rows = (sorted(row, reverse=True) for row in rows)

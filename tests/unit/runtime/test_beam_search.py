@@ -146,36 +146,45 @@ def test_one_group_is_what_transformers_searches(oracle: Oracle, model: tuple[Pa
     assert len(plain) >= 30
 
 
+def make_table(params: BeamSearchParams, eos: list[int], rng: np.random.Generator) -> np.ndarray:
+    """Log-probabilities [position, last token, next token]. Where the rows are alike, the groups before take
+    what a group wants most; ends of a sequence are among the likeliest tokens too."""
+    own = rng.normal(size=(params.max_tokens + 1, 131, 131)) * rng.choice([0.01, 2])
+    logits = rng.normal(size=131) * 2 + own
+    rank = int(rng.integers(1, params.beam_width + 2))
+    logits[..., eos] += np.sort(logits)[..., [-rank]] - logits[..., eos].mean()
+    return torch.tensor(logits).log_softmax(-1).numpy()
+
+
 @pytest.mark.parametrize("seed", range(120))
 def test_no_group_misses_a_candidate(seed: int) -> None:
-    """Every row tells count_logprobs() of its tokens; the reference knows them all. Beams that are alike, as
-    here where only the last token matters, choose alike: the groups before take what a group wants most."""
+    """Every row tells count_logprobs() of its tokens; the reference knows them all."""
     rng = np.random.default_rng(seed)
-    width, vocab_size, eos = int(rng.choice([2, 4, 6, 12, 32])), 131, [2, 40, 41][: 1 + seed % 3]
+    width, eos = int(rng.choice([2, 4, 6, 12, 32])), [2, 40, 41][: 1 + seed % 3]
+    count = int(rng.choice([n for n in range(1, width + 1) if width % n == 0]))
     params = BeamSearchParams(
         beam_width=width,
         max_tokens=int(rng.integers(1, 12)),
         length_penalty=float(rng.choice([1.0, 0.0, 2.0, -0.5])),
         early_stopping=([True, False, "never"][seed % 3]),  # type: ignore[arg-type]
-        num_beam_groups=int(rng.choice([n for n in range(1, width + 1) if width % n == 0])),
+        num_beam_groups=count,
+        diversity_penalty=float(rng.choice([0.2, 1.0, 3.0, 1e6])) if count > 1 else 0.0,
         ignore_eos=seed % 7 == 6,
     )
-    if params.num_beam_groups > 1:
-        params = replace(params, diversity_penalty=float(rng.choice([0.2, 1.0, 3.0, 1e6])))
-    table = torch.tensor(rng.normal(size=(vocab_size, vocab_size)) * 2).log_softmax(-1).numpy()
+    table = make_table(params, eos, rng)
 
-    def results(rows: list[list[int]]) -> list[TokenLogprobs]:
-        best = [np.argsort(-table[row[-1]])[: count_logprobs(params, eos)] for row in rows]
-        return [
-            TokenLogprobs(0.0, 1, tuple(ids.tolist()), tuple(table[row[-1], ids].tolist()))
-            for row, ids in zip(rows, best, strict=True)
-        ]
+    def result(row: list[int]) -> TokenLogprobs:
+        logprobs = table[len(row), row[-1]]
+        best = np.argsort(-logprobs)[: count_logprobs(params, eos)]
+        return TokenLogprobs(0.0, 1, tuple(best.tolist()), tuple(logprobs[best].tolist()))
 
     found, rows = BeamSearch(params, params.max_tokens, eos), [[5]]
-    while children := found.advance(results(rows)):
+    while children := found.advance([result(row) for row in rows]):
         assert len(children) == width
         rows = [[*rows[child.parent], child.token_id] for child in children]
-    wanted = diverse_reference(lambda rows: table[[row[-1] for row in rows]], ([5], params), eos)
+    wanted = diverse_reference(
+        lambda rows: np.stack([table[len(row), row[-1]] for row in rows]), ([5], params), eos
+    )
     assert [h.score for h in found.hypotheses] == pytest.approx([score for _, score in wanted])
     assert sorted([5, *h.token_ids] for h in found.hypotheses) == sorted(tokens for tokens, _ in wanted)
 
