@@ -38,6 +38,14 @@ EARLY_STOPPING = {"true": True, "false": False, "never": "never"}
     "--early-stopping", type=click.Choice(list(EARLY_STOPPING)), default="false", show_default=True,
     help="When enough sequences have ended: stop, look whether one can still win, or look on to the end.",
 )  # fmt: skip
+@click.option(
+    "--num-beam-groups", type=int, default=BeamSearchParams.num_beam_groups, show_default=True,
+    help="Divide the beams into groups that each search by themselves.",
+)  # fmt: skip
+@click.option(
+    "--diversity-penalty", type=float, default=BeamSearchParams.diversity_penalty, show_default=True,
+    help="What a token costs a beam for each beam of earlier groups that takes it too.",
+)  # fmt: skip
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each prompt.")
 def beam_search(
@@ -49,6 +57,8 @@ def beam_search(
     n: int,
     length_penalty: float,
     early_stopping: str,
+    num_beam_groups: int,
+    diversity_penalty: float,
     ignore_eos: bool,
     as_json: bool,
     **options: Any,
@@ -65,6 +75,8 @@ def beam_search(
         length_penalty=length_penalty,
         early_stopping=EARLY_STOPPING[early_stopping],  # type: ignore[arg-type]
         ignore_eos=ignore_eos,
+        num_beam_groups=num_beam_groups,
+        diversity_penalty=diversity_penalty,
     )
 
     from distllm.runtime.llm import LLM

@@ -14,7 +14,7 @@ from distllm.config import SpeculativeConfig
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
 from distllm.runtime.beams.beam_generation import BeamGeneration
-from distllm.runtime.beams.beam_search import count_candidates
+from distllm.runtime.beams.beam_search import count_logprobs
 from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.generation import Generation
 from distllm.runtime.plan import RowSampling
@@ -131,10 +131,10 @@ class Admission:
     def _admit_beam(self, prompt: Prompt, params: BeamSearchParams) -> BeamGeneration:
         _, token_ids = self._tokenize(prompt)
         self._check_length(token_ids)
-        num_candidates = count_candidates(params, self._eos)
-        if num_candidates > self._vocab_size:
+        num_logprobs = count_logprobs(params, self._eos)
+        if num_logprobs > self._vocab_size:
             raise RequestError(
-                f"beam_width is {params.beam_width}: {num_candidates} continuations of each are looked at, "
+                f"beam_width is {params.beam_width}: {num_logprobs} continuations of each are looked at, "
                 f"the vocabulary has {self._vocab_size}; lower beam_width"
             )
         request_id, self._count = str(self._count), self._count + 1

@@ -85,7 +85,7 @@ class BeamSearchSequence:
     tokens: list[int]  # the prompt, then what was generated, the end-of-sequence token included
     cum_logprob: float  # of what was generated
     text: str  # of all tokens but special ones
-    score: float  # cum_logprob / generated tokens ** length_penalty
+    score: float  # (cum_logprob - diversity penalties) / generated tokens ** length_penalty
     finish_reason: str  # "stop" or "length"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from distllm.runtime.plan import RowSampling
 
 if TYPE_CHECKING:
-    from distllm.runtime.beams.beam_group import BeamGroup
+    from distllm.runtime.beams.beam_rows import BeamRows
     from distllm.runtime.speculation.drafting import Drafting
     from distllm.runtime.structured.constraint import Constraint
 
@@ -41,7 +41,7 @@ class Request:
     priority: int = 0  # smaller runs first
     fork_from: Request | None = None  # share this one's prompt blocks once they are computed
     index: int = 0  # among the n samples of one prompt
-    group: BeamGroup | None = None  # the beam search that it is a row of
+    group: BeamRows | None = None  # the beam search that it is a row of
     constraint: Constraint | None = None  # of a structured output: which tokens may come next
     num_tokens_in_mask: int = 0  # output tokens that the constraint has taken
     drafting: Drafting | None = None  # None: it does not speculate

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from sys import maxsize
 
-from distllm.runtime.beams.beam_group import BeamGroup, common_length
+from distllm.runtime.beams.beam_rows import BeamRows, common_length
 from distllm.runtime.block_tables import BlockTables
 from distllm.runtime.plan import (
     BlockUpdate,
@@ -61,7 +61,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._waiting: list[Request] = []  # by Request.order
         self._running = Running(config.max_num_seqs)
-        self._branching: list[BeamGroup] = []  # running, decided, and waiting for blocks
+        self._branching: list[BeamRows] = []  # running, decided, and waiting for blocks
         self._outstanding: deque[_Outstanding] = deque()
         self._scored: list[tuple[Request, int, int]] = []  # of the step that is being planned
         self.awaiting: list[Request] = []  # whose masks the last plan awaits
@@ -152,7 +152,7 @@ class Scheduler:
                 branched.update(group.requests)
         return branched
 
-    def _try_branch(self, plan: StepPlan, group: BeamGroup) -> bool:
+    def _try_branch(self, plan: StepPlan, group: BeamRows) -> bool:
         rows, parents = group.requests, group.parents
         for number in set(range(len(rows))).difference(parents):
             self._tables.release(rows[number])
@@ -483,7 +483,7 @@ class Scheduler:
                 request.ready_step = self.step
         return counts
 
-    def _take_beam(self, request: Request, group: BeamGroup, logprobs: TokenLogprobs | None) -> None:
+    def _take_beam(self, request: Request, group: BeamRows, logprobs: TokenLogprobs | None) -> None:
         """A row's result; with the last of them the search goes on or ends."""
         if not group.take(request, logprobs):
             return

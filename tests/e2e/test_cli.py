@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +80,12 @@ def test_beam_search(tiny: Path) -> None:
     assert json.loads(done.stdout) == asdict(wanted)
     best = ",".join(map(str, wanted.sequences[0].tokens))
     assert distllm("beam-search", tiny, *asked, "--length-penalty", 0.5).stdout == best + "\n"
+    groups = {"num_beam_groups": 3, "diversity_penalty": 1.5}
+    done = distllm("beam-search", tiny, *asked, "--num-beam-groups", 3, "--diversity-penalty", 1.5, "--json")
+    with LLM(str(tiny)) as llm:
+        (wanted,) = llm.beam_search([5, 6, 7], replace(params, n=1, length_penalty=1.0, **groups))
+    assert json.loads(done.stdout) == asdict(wanted)
+    check_refused(distllm("beam-search", tiny, *asked, "--num-beam-groups", 2), "num_beam_groups is 2", "(3)")
     text = distllm("beam-search", "demo", "--prompt", "Once upon", "--max-tokens", 4).stdout
     assert text.startswith("Once upon") and len(text) > 12
     check_refused(distllm("beam-search", tiny, *asked[:2], "--beam-width", 33), "beam_width is 33", "32")

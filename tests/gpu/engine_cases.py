@@ -18,7 +18,7 @@ import torch
 from distllm.engine import resolve_model
 from distllm.engine.tokenizers import load_tokenizer
 from distllm.kernels.reference.sampling import gumbel_noise
-from tests.beam_cases import cases, reference
+from tests.beam_cases import cases, in_groups, reference
 from tests.checkpoints import greedy_reference, make_model
 
 NUM_TOKENS = 24
@@ -74,7 +74,7 @@ def make_case(folder: Path, model_type: str = "llama", **options: Any) -> None:
     greedy = [greedy_reference(model, prompt, NUM_TOKENS) for prompt in prompts]
     seeded = {name: sampled_reference(model, needle, **params) for name, params in SEEDED.items()}
     save(folder, Case(prompts, greedy, needle, seeded))
-    searches = cases(24, seed=4, vocab_size=1031)
+    searches = [*cases(24, seed=4, vocab_size=1031), *in_groups(cases(24, seed=6, vocab_size=1031))]
     found = [[tokens for tokens, _ in reference(model, search)] for search in searches]
     save(folder, BeamCase([prompt for prompt, _ in searches], [asdict(p) for _, p in searches], found))
 

@@ -13,7 +13,8 @@ HEAVY = {"torch", "mpi4py", "tokenizers", "safetensors", "transformers", "rich",
 
 PLAIN = (
     "request", "block_manager", "scheduler", "plan", "plan_codec", "outputs", "sampling.sampling_params",
-    "sampling.logit_controls", "beams.beam_search", "beams.beam_search_params", "beams.beam_group",
+    "sampling.logit_controls", "beams.beam_search", "beams.beam_search_params", "beams.beam_rows",
+    "beams.group_search",
     "structured.structured_outputs", "structured.constraint", "structured.grammar_trial",
 )  # fmt: skip
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distllm.engine.tokenizers import Tokenizer
-from distllm.runtime.beams.beam_group import BeamGroup
-from distllm.runtime.beams.beam_search import BeamSearch, Hypothesis, count_candidates
+from distllm.runtime.beams.beam_rows import BeamRows
+from distllm.runtime.beams.beam_search import BeamSearch, count_logprobs
 from distllm.runtime.beams.beam_search_params import BeamSearchParams
+from distllm.runtime.beams.group_search import Hypothesis
 from distllm.runtime.outputs import BeamSearchOutput, BeamSearchSequence
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.request import Request
@@ -31,12 +32,12 @@ class BeamGeneration:
         self._params = params
         self._tokenizer = tokenizer
         self._search = BeamSearch(params, max_tokens, eos_token_ids)
-        sampling = RowSampling(num_logprobs=count_candidates(params, eos_token_ids))
+        sampling = RowSampling(num_logprobs=count_logprobs(params, eos_token_ids))
         self.requests = [
             Request(f"{request_id}.{row}", tuple(prompt_token_ids), max_tokens, sampling, index=row)
             for row in range(params.beam_width)
         ]
-        BeamGroup(self.requests, self._search)
+        BeamRows(self.requests, self._search)
 
     def output(self) -> BeamSearchOutput:
         """The best sequences; after the search has ended."""

@@ -1,125 +1,64 @@
-"""BeamSearch: which continuations of one prompt go on and which have finished, exactly as transformers'
-beam search decides. Plain arithmetic; knows no request, no block and no tensor.
+"""BeamSearch: the search of one prompt's continuations, by groups of beams that are kept apart.
+
+Every group searches by itself (GroupSearch); the tokens that one takes cost those after it more. This is
+diverse beam search (Vijayakumar et al., 2016), as in transformers up to version 4. Knows no tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from heapq import merge
-from itertools import islice
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Sequence
 
 from distllm.runtime.beams.beam_search_params import BeamSearchParams
+from distllm.runtime.beams.group_search import Child, GroupSearch, Hypothesis
 from distllm.runtime.plan import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Beam:
-    """A sequence that may go on."""
-
-    token_ids: list[int]  # generated
-    cum_logprob: float
-
-
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """A sequence that has ended."""
-
-    token_ids: list[int]  # generated, the end-of-sequence token included
-    cum_logprob: float
-    score: float
-    finish_reason: str  # "stop" or "length"
-
-
-class Child(NamedTuple):
-    """What a row holds from now on: the tokens of row `parent`, and one more."""
-
-    cum_logprob: float  # first: the order of children is by this
-    parent: int
-    token_id: int
-
-
-def count_candidates(params: BeamSearchParams, eos_token_ids: Sequence[int]) -> int:
-    """How many continuations are looked at, of each beam and then of all: beam_width of them go on, even if
-    every beam could also end in every way."""
-    num_eos = 0 if params.ignore_eos else len(eos_token_ids)
-    return max(2, 1 + num_eos) * params.beam_width
+def count_logprobs(params: BeamSearchParams, eos_token_ids: Sequence[int]) -> int:
+    """How many of its best continuations every row must give, so that none is missed: as many as its group
+    has beams, as many as there are ways to end, and as many as the other groups can put a penalty on."""
+    return params.beam_width + (0 if params.ignore_eos else len(eos_token_ids))
 
 
 class BeamSearch:
-    """Begins with one row, the prompt; from the first advance() on it has beam_width rows."""
+    """Begins with one row, the prompt; from the first advance() on it has beam_width rows, group by group."""
 
     def __init__(self, params: BeamSearchParams, max_tokens: int, eos_token_ids: Sequence[int]) -> None:
         """max_tokens: params.max_tokens, or fewer where the model's window ends before."""
         self._params = params
-        self._max_tokens = max_tokens
-        self._eos = frozenset(() if params.ignore_eos else eos_token_ids)
-        self._num_candidates = count_candidates(params, eos_token_ids)
-        self._beams = [Beam([], 0.0)]
-        self.hypotheses: list[Hypothesis] = []  # the best first, at most beam_width
+        self._groups = [
+            GroupSearch(params, max_tokens, eos_token_ids) for _group in range(params.num_beam_groups)
+        ]
+
+    @property
+    def hypotheses(self) -> list[Hypothesis]:
+        """What has ended, of all groups, the best first; beam_width of them at the end of the search."""
+        found = [hypothesis for group in self._groups for hypothesis in group.hypotheses]
+        return sorted(found, key=lambda hypothesis: -hypothesis.score)
 
     def advance(self, results: Sequence[TokenLogprobs]) -> list[Child] | None:
-        """One more token. results: of each row, the count_candidates() best, in order.
+        """One more token. results: of each row, the count_logprobs() best, in order.
 
         Returns the new content of every row; a row that goes on at all is its own first child's parent. None
-        when the search has ended: then hypotheses holds beam_width.
+        when the search has ended.
         """
-        rows = (self._extend(*entry) for entry in enumerate(results))
-        best = list(islice(merge(*rows, reverse=True), self._num_candidates))
-        length = len(self._beams[0].token_ids) + 1
-        is_last = length == self._max_tokens
-        for child in best[: self._params.beam_width]:
-            if is_last or child.token_id in self._eos:
-                self._finish(child)
-        running = [child for child in best if child.token_id not in self._eos][: self._params.beam_width]
-        if is_last or self._is_settled(running[0].cum_logprob, length):
-            return None
-        children = keep_places(running)
-        self._beams = [Beam(self._tokens(child), child.cum_logprob) for child in children]
-        return children
+        taken: Counter[int] = Counter()  # by the groups so far; one that has ended takes nothing
+        children: list[Child] = []
+        for group in self._groups:
+            first = len(children) if len(results) > 1 else 0  # all begin with the prompt's row
+            own = results[first : first + self._params.group_size]
+            if group.has_ended:
+                found = stay(own)
+            else:
+                found = group.advance(own, self._penalties(taken))
+                taken.update(child.token_id for child in found)
+            children += [child._replace(parent=first + child.parent) for child in found]
+        return None if all(group.has_ended for group in self._groups) else children
 
-    def _extend(self, row: int, result: TokenLogprobs) -> Iterator[Child]:
-        before = self._beams[row].cum_logprob
-        for token_id, logprob in zip(result.top_ids, result.top_logprobs, strict=True):
-            yield Child(before + logprob, row, token_id)
-
-    def _tokens(self, child: Child) -> list[int]:
-        return [*self._beams[child.parent].token_ids, child.token_id]
-
-    def _score(self, cum_logprob: float, length: int) -> float:
-        return float(cum_logprob / length**self._params.length_penalty)
-
-    def _finish(self, child: Child) -> None:
-        """Keep it, if it is among the beam_width best that have ended."""
-        tokens = self._tokens(child)
-        reason = "stop" if child.token_id in self._eos else "length"
-        score = self._score(child.cum_logprob, len(tokens))
-        self.hypotheses.append(Hypothesis(tokens, child.cum_logprob, score, reason))
-        self.hypotheses.sort(key=lambda hypothesis: -hypothesis.score)
-        del self.hypotheses[self._params.beam_width :]
-
-    def _is_settled(self, best_running: float, length: int) -> bool:
-        """Whether no row is expected to end better than what has ended: see BeamSearchParams."""
-        params = self._params
-        if len(self.hypotheses) < params.beam_width:
-            return False
-        if params.early_stopping is True or params.beam_width == 1:  # one beam is greedy, whatever the mode
-            return True
-        favours_long = params.early_stopping == "never" and params.length_penalty > 0
-        reachable = self._score(best_running, self._max_tokens if favours_long else length)
-        return reachable <= self.hypotheses[-1].score
+    def _penalties(self, taken: Counter[int]) -> dict[int, float]:
+        return {token_id: self._params.diversity_penalty * count for token_id, count in taken.items()}
 
 
-def keep_places(children: Sequence[Child]) -> list[Child]:
-    """The same, so ordered that each parent's first child stays in its row: the fewest rows move."""
-    rows: dict[int, Child] = {}
-    others = []
-    for child in children:
-        if child.parent in rows:
-            others.append(child)
-        else:
-            rows[child.parent] = child
-    free = [row for row in range(len(children)) if row not in rows]
-    rows.update(zip(free, others, strict=True))
-    return [rows[row] for row in range(len(children))]
+def stay(results: Sequence[TokenLogprobs]) -> list[Child]:
+    """Rows that nobody looks at any more keep in step with the others, each by itself: no block is copied."""
+    return [Child(0.0, row, result.top_ids[0], 0.0) for row, result in enumerate(results)]

@@ -1,4 +1,6 @@
-"""Beam search through the whole engine: transformers' generate(num_beams=…) decides what is right."""
+"""Beam search through the whole engine: transformers' generate(num_beams=…) decides what is right; of groups
+a plain search that agrees with it where there is one group.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,10 +17,19 @@ from distllm import LLM, BeamSearchOutput, BeamSearchParams, RequestError, Sampl
 from distllm.comm.local import LocalControl, run_ranks
 from distllm.engine import eos_token_ids, resolve_model
 from distllm.engine.tokenizers import load_tokenizer
-from distllm.runtime.beams.beam_search import BeamSearch
+from distllm.runtime.beams.beam_search import BeamSearch, count_logprobs
 from distllm.runtime.plan import TokenLogprobs
 from distllm.runtime.scheduler import Scheduler
-from tests.beam_cases import Case, Found, cases, reference
+from tests.beam_cases import (
+    Case,
+    Found,
+    cases,
+    diverse_reference,
+    in_groups,
+    logprobs_of,
+    reference,
+    transformers_reference,
+)
 from tests.checkpoints import make_llama
 
 EOS = [2, 40, 41]  # many ends: hypotheses finish early and late
@@ -36,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @dataclass(frozen=True)
 class Oracle:
-    """Searches in a checkpoint, and what transformers finds."""
+    """Searches in a checkpoint, every second one in groups, and what there is to find."""
 
     folder: Path
     batch: list[Case]
@@ -72,7 +84,8 @@ def check(
         assert [s.tokens for s in output.sequences] == [tokens for tokens, _ in wanted], params
         for sequence, (_, score) in zip(output.sequences, wanted, strict=True):
             length = len(sequence.tokens) - len(prompt)
-            assert sequence.score == pytest.approx(sequence.cum_logprob / length**params.length_penalty)
+            if not params.diversity_penalty:
+                assert sequence.score == pytest.approx(sequence.cum_logprob / length**params.length_penalty)
             ends = sequence.tokens[-1] in eos and not params.ignore_eos
             assert sequence.finish_reason == ("stop" if ends else "length")
             if params.beam_width > 1:
@@ -82,7 +95,8 @@ def check(
 @pytest.fixture(scope="module")
 def oracle(model: tuple[Path, Any]) -> Oracle:
     folder, reference_model = model
-    batch = cases(40, seed=1, vocab_size=67)
+    plain, groups = cases(40, seed=1, vocab_size=67), in_groups(cases(40, seed=2, vocab_size=67))
+    batch = [case for pair in zip(plain, groups, strict=True) for case in pair]
     return Oracle(folder, batch, [reference(reference_model, case) for case in batch])
 
 
@@ -96,7 +110,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_sequences_are_those_of_transformers(oracle: Oracle, layout: tuple[int, int], schedule: str) -> None:
-    count = len(oracle.batch) if layout == (1, 1) else 16
+    count = len(oracle.batch) if layout == (1, 1) else 24
     batch = oracle.batch[:count]
     check(search(oracle.folder, layout, batch, **SCHEDULES[schedule]), oracle.expected[:count], batch)
 
@@ -119,6 +133,90 @@ def test_preemption_changes_nothing(
     )  # fmt: skip
     check(outputs, expected, batch)
     assert preempted
+
+
+def test_one_group_is_what_transformers_searches(oracle: Oracle, model: tuple[Path, Any]) -> None:
+    """The reference for groups, before it is believed."""
+    logprobs = logprobs_of(model[1])
+    plain = [case for case in oracle.batch if case[1].num_beam_groups == 1 < case[1].beam_width]
+    for case in plain:
+        mine, wanted = diverse_reference(logprobs, case, EOS), transformers_reference(model[1], case)
+        assert [tokens for tokens, _ in mine] == [tokens for tokens, _ in wanted], case[1]
+        assert [score for _, score in mine] == pytest.approx([s for _, s in wanted], abs=1e-4, rel=1e-4)
+    assert len(plain) >= 30
+
+
+def make_table(params: BeamSearchParams, eos: list[int], rng: np.random.Generator) -> np.ndarray:
+    """Log-probabilities [position, last token, next token]. Where the rows are alike, the groups before take
+    what a group wants most; ends of a sequence are among the likeliest tokens too."""
+    own = rng.normal(size=(params.max_tokens + 1, 131, 131)) * rng.choice([0.01, 2])
+    logits = rng.normal(size=131) * 2 + own
+    rank = int(rng.integers(1, params.beam_width + 2))
+    logits[..., eos] += np.sort(logits)[..., [-rank]] - logits[..., eos].mean()
+    return torch.tensor(logits).log_softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_no_group_misses_a_candidate(seed: int) -> None:
+    """Every row tells count_logprobs() of its tokens; the reference knows them all."""
+    rng = np.random.default_rng(seed)
+    width, eos = int(rng.choice([2, 4, 6, 12, 32])), [2, 40, 41][: 1 + seed % 3]
+    count = int(rng.choice([n for n in range(1, width + 1) if width % n == 0]))
+    params = BeamSearchParams(
+        beam_width=width,
+        max_tokens=int(rng.integers(1, 12)),
+        length_penalty=float(rng.choice([1.0, 0.0, 2.0, -0.5])),
+        early_stopping=([True, False, "never"][seed % 3]),  # type: ignore[arg-type]
+        num_beam_groups=count,
+        diversity_penalty=float(rng.choice([0.2, 1.0, 3.0, 1e6])) if count > 1 else 0.0,
+        ignore_eos=seed % 7 == 6,
+    )
+    table = make_table(params, eos, rng)
+
+    def result(row: list[int]) -> TokenLogprobs:
+        logprobs = table[len(row), row[-1]]
+        best = np.argsort(-logprobs)[: count_logprobs(params, eos)]
+        return TokenLogprobs(0.0, 1, tuple(best.tolist()), tuple(logprobs[best].tolist()))
+
+    found, rows = BeamSearch(params, params.max_tokens, eos), [[5]]
+    while children := found.advance([result(row) for row in rows]):
+        assert len(children) == width
+        rows = [[*rows[child.parent], child.token_id] for child in children]
+    wanted = diverse_reference(
+        lambda rows: np.stack([table[len(row), row[-1]] for row in rows]), ([5], params), eos
+    )
+    assert [h.score for h in found.hypotheses] == pytest.approx([score for _, score in wanted])
+    assert sorted([5, *h.token_ids] for h in found.hypotheses) == sorted(tokens for tokens, _ in wanted)
+
+
+def test_penalties_are_in_the_score_alone(oracle: Oracle, model: tuple[Path, Any]) -> None:
+    prompt = oracle.batch[7][0]
+    params = BeamSearchParams(
+        beam_width=6, max_tokens=9, num_beam_groups=3, diversity_penalty=1.0, length_penalty=0.0,
+        ignore_eos=True,
+    )  # fmt: skip
+    (output,) = search(oracle.folder, (1, 1), [(prompt, params)])
+    logprobs = logprobs_of(model[1])
+    for sequence in output.sequences:
+        ends = range(len(prompt), len(sequence.tokens))
+        own = sum(logprobs([sequence.tokens[:end]])[0, sequence.tokens[end]] for end in ends)
+        assert sequence.cum_logprob == pytest.approx(own, abs=1e-4)
+    penalties = [sequence.cum_logprob - sequence.score for sequence in output.sequences]
+    assert penalties == pytest.approx([round(penalty) for penalty in penalties], abs=1e-4)
+    assert min(penalties) == 0 and max(penalties) > 0.5
+
+
+def test_groups_share_blocks(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 tokens of prompt are 20 blocks; each of 8 beams adds two or three of its own."""
+    used, schedule = [], Scheduler.schedule
+    monkeypatch.setattr(
+        Scheduler, "schedule", lambda self: (schedule(self), used.append(self._tables.blocks.num_used))[0]
+    )
+    params = BeamSearchParams(
+        beam_width=8, max_tokens=8, num_beam_groups=4, diversity_penalty=0.5, ignore_eos=True
+    )
+    search(oracle.folder, (1, 1), [([5, 6, 7, 8] * 20, params)], block_size=4, max_model_len=96)
+    assert max(used) <= 20 + 8 * 3
 
 
 def test_never_looks_at_the_present_length_where_length_costs() -> None:
@@ -210,8 +308,20 @@ def test_a_search_that_could_not_run_alone_is_refused(oracle: Oracle) -> None:
         *(("length_penalty", value) for value in (float("nan"), float("inf"), -11, 10.5, "1", None)),
         *(("early_stopping", value) for value in ("always", None, 1, 0)),
         *(("ignore_eos", value) for value in (None, 1)),
+        *(("num_beam_groups", value) for value in (0, 3, 5, -2, 2.0, True, None)),
+        *(("diversity_penalty", value) for value in (float("nan"), float("inf"), -0.1, 2e9, "1", None)),
     ],
 )
 def test_bounds(field: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=rf"^{field} is {value}|^{field} is '{value}'"):
-        BeamSearchParams(**({"beam_width": 4, "max_tokens": 8} | {field: value}))
+    with pytest.raises(RequestError, match=rf"^{field} is {value}|^{field} is '{value}'") as refusal:
+        BeamSearchParams(**({"beam_width": 4, "max_tokens": 8, "num_beam_groups": 2} | {field: value}))
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_groups_need_is_said() -> None:
+    with pytest.raises(RequestError, match=r"^num_beam_groups is 3; it must divide beam_width \(8\)$"):
+        BeamSearchParams(beam_width=8, max_tokens=8, num_beam_groups=3)
+    with pytest.raises(
+        RequestError, match=r"^diversity_penalty is 0.5; .* must be 0: raise num_beam_groups$"
+    ):
+        BeamSearchParams(beam_width=8, max_tokens=8, diversity_penalty=0.5)

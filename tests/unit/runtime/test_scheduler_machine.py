@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 )
 
 from distllm.errors import RequestError
-from distllm.runtime.beams.beam_group import BeamGroup
+from distllm.runtime.beams.beam_rows import BeamRows
 from distllm.runtime.beams.beam_search import BeamSearch
 from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.block_manager import extend_digests
@@ -288,12 +288,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         priority=st.integers(0, 2),
         beam_width=st.sampled_from([1, 2, 3, 3]),
+        in_groups=st.booleans(),
         length_penalty=st.sampled_from([-1.0, 0.0, 1.0, 2.0]),
         early_stopping=st.sampled_from([True, False, "never"]),
         ignore_eos=st.booleans(),
     )
-    def add_beams(self, base: list[int], length: int, priority: int, **fields: Any) -> None:
-        search = new_search(params := BeamSearchParams(**fields))
+    def add_beams(self, base: list[int], length: int, priority: int, in_groups: bool, **fields: Any) -> None:
+        params = BeamSearchParams(**fields)
+        if in_groups and params.beam_width > 1:
+            params = replace(params, num_beam_groups=params.beam_width, diversity_penalty=1.0)
+        search = new_search(params)
         prompt = tuple(base[:length])
         requests = [
             Request(
@@ -301,7 +305,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             for _ in range(params.beam_width)
         ]
-        BeamGroup(requests, search)
+        BeamRows(requests, search)
         if not self._fits(requests[0]):
             with pytest.raises(RequestError):
                 self.scheduler.add(requests[0])
@@ -422,7 +426,7 @@ def test_scheduler_machine() -> None:
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
-            max_examples=600,
+            max_examples=800,
             phases=[Phase.generate],  # add Phase.shrink to see a failure in few rules; it takes minutes
             stateful_step_count=40,
             derandomize=True,

@@ -1,4 +1,4 @@
-"""BeamGroup: the rows of one beam search, as requests that the scheduler admits, moves and preempts together.
+"""BeamRows: all rows of one beam search, as requests that the scheduler admits, moves and preempts together.
 
 Every row samples once, then waits until the results of all have come and the search has decided what each row
 holds next. Knows no block, no slot and no score.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from distllm.runtime.beams.beam_search import Child
+from distllm.runtime.beams.group_search import Child
 from distllm.runtime.plan import TokenLogprobs
 from distllm.runtime.request import Request, RequestStatus
 
@@ -20,7 +20,7 @@ class Search(Protocol):
         ...
 
 
-class BeamGroup:
+class BeamRows:
     """requests: beam_width of them, with the same prompt. While `is_fresh` only the first runs, the others
     hold a slot and nothing more."""
 
