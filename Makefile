@@ -26,6 +26,7 @@ unit: .venv/ready
 # Through a variable: a failing command must not leave an empty document.
 docs: .venv/ready
 	text="$$(distllm models --markdown)" && printf '%s\n' "$$text" > docs/models.md
+	text="$$(python -m tests.decoding_matrix)" && printf '%s\n' "$$text" > docs/feature-matrix.md
 
 gpu-test:
 	$(GPU_PYTHON) -m pytest tests/gpu tests/kernels

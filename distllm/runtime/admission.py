@@ -45,6 +45,13 @@ def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
+def _check_kind(work: str, params: Any, wanted: type) -> None:
+    """Each kind of work has parameters of its own: what is not among them is refused, not ignored."""
+    for each in params if isinstance(params, Sequence) else (params,):
+        if not isinstance(each, wanted):
+            raise RequestError(f"params are {type(each).__name__}; {work} takes {wanted.__name__}")
+
+
 class Admission:
     """Makes Generations; numbers requests and draws seeds in the order of its calls."""
 
@@ -76,6 +83,7 @@ class Admission:
         priorities: Sequence[int] | None = None,
     ) -> list[Generation]:
         """A Generation for each prompt. Raises RequestError that names the prompt; then none is admitted."""
+        _check_kind("generate", params, SamplingParams)
         priority = 0 if priorities is None else priorities
         return self._each(self._admit, prompts, {"sampling_params": params, "priorities": priority})
 
@@ -83,6 +91,7 @@ class Admission:
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | Sequence[BeamSearchParams]
     ) -> list[BeamGeneration]:
         """As admit_all, for beam search."""
+        _check_kind("beam_search", params, BeamSearchParams)
         return self._each(self._admit_beam, prompts, {"params": params})
 
     def _each(

@@ -52,6 +52,13 @@ def test_structured_outputs(tmp_path: Path, tp: int, pp: int) -> None:
     check("run_structured.py", make_folder(tmp_path), tp, pp)
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_decoding_matrix(tmp_path: Path, tp: int, pp: int) -> None:
+    """Graphs beside every other feature."""
+    check("run_matrix.py", make_folder(tmp_path), tp, pp)
+
+
 def check(script: str, folder: Path, tp: int, pp: int) -> None:
     needs_gpus(tp * pp)
     code, output = launchers.launcher("openmpi").run(
