@@ -61,7 +61,9 @@ def _step_bytes(config: EngineConfig, spec: DecoderSpec) -> int:
     # Logits of this rank, of all; for LogitControls at once fp32 twice, two counts; for masks two copies of
     # the logits, and a byte for each bit, twice.
     per_row = (2 * 2 + 4 * 4 + 2 * 2 + 2) * spec.vocab_size
-    return config.max_num_batched_tokens * per_token + config.max_num_seqs * per_row
+    drafts = config.speculation.num_speculative_tokens if config.speculation else 0
+    num_rows = min(config.max_num_seqs * (1 + drafts), config.max_num_batched_tokens)
+    return config.max_num_batched_tokens * per_token + num_rows * per_row
 
 
 def allocate_kv_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -89,6 +89,8 @@ class ModelRunner:
             for graphs in prompts:
                 graphs.rehearse()
             decodes.rehearse()
+            if self._layout.is_last_stage:
+                self._sampler.rehearse(self._kv_cache.new_zeros(2, self._decoder.spec.hidden_size))
         pool = torch.cuda.graph_pool_handle()
         for graphs in prompts:
             graphs.capture(pool)

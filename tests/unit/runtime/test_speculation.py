@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distllm import LLM, ConfigError, DistllmError, RequestOutput, SamplingParams
@@ -14,6 +15,7 @@ from distllm.comm.local import LocalControl, run_ranks
 from distllm.runtime.scheduler import Scheduler
 from distllm.runtime.speculation.speculation import SpeculationStats
 from distllm.runtime.speculation.switch import SpeculationSwitch
+from tests import draw_cases
 from tests.checkpoints import make_llama
 from tests.speculation_cases import informed
 from tests.structured_cases import cases, make_folder
@@ -232,6 +234,22 @@ def test_text_ends_in_the_middle_of_what_was_accepted() -> None:
     assert [o.outputs[0].text for o in outputs] == [o.outputs[0].text for o in alone]
     assert stats is not None and stats.num_accepted_tokens > 100
     assert {o.outputs[0].finish_reason for o in outputs} == {"stop"}
+
+
+@pytest.mark.slow
+def test_100_000_draws_follow_their_distribution(tmp_path: Path) -> None:
+    """With drafts of another model, some right and some wrong."""
+    model = draw_cases.make_folder(tmp_path / "model")
+    make_llama(tmp_path / "draft", seed=9, vocab_size=draw_cases.VOCAB_SIZE, num_hidden_layers=1)
+    config = {"method": "draft_model", "model": str(tmp_path / "draft")}
+    for way in ("temperature", "top-k, top-p"):
+        outputs, stats = generate(
+            tmp_path / "model", (1, 1), draw_cases.prompts(), draw_cases.params(way),
+            max_num_seqs=1000, kv_cache_memory_bytes=2**27, block_size=16, speculative_config=config,
+        )  # fmt: skip
+        draws = np.array([list(output.outputs[0].token_ids) for output in outputs])
+        draw_cases.check(model, way, draws, way)
+        assert stats is not None and 10_000 < stats.num_accepted_tokens < stats.num_draft_tokens - 10_000
 
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
