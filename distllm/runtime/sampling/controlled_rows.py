@@ -89,7 +89,7 @@ class _Allowed:
 
     def apply(self, logits: torch.Tensor, history: History) -> None:
         kept = logits[self.owners, self.token_ids]
-        logits[self.rows] = -torch.inf
+        logits.index_fill_(0, self.rows, -torch.inf)  # assigning a number would wait for the device
         logits[self.owners, self.token_ids] = kept
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 WINDOW = 16  # decisions that are timed together
-SETTLING = 2  # of them, in which results of the other way still arrive
+SETTLING = 3  # of them: results of the other way still arrive; what verifies runs in every second step
+LEAST_GAIN = 1.05  # in tokens a second: rows that guess badly make a batch end late
 TRIAL_SHARE = 0.02  # of the time: what may be lost by trying the way that is slower
 
 
@@ -36,7 +37,9 @@ class _Rates:
 
     @property
     def best(self) -> bool:
-        return max(self.by_way, key=self.by_way.__getitem__, default=True)
+        if len(self.by_way) < 2:
+            return next(iter(self.by_way), True)
+        return self.by_way[True] > LEAST_GAIN * self.by_way[False]
 
     def next_way(self) -> bool:
         if len(self.by_way) < 2:  # first with, then without

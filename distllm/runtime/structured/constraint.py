@@ -43,9 +43,9 @@ class Constraint:
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """Take tokens that were sampled, the first of them under the mask."""
-        start = time.perf_counter()
+        start = time.thread_time()  # waiting for Python's lock is not the grammar's fault
         self._take(token_ids)
-        self.is_slow = time.perf_counter() - start > SLOW_S
+        self.is_slow = time.thread_time() - start > SLOW_S
 
     def _take(self, token_ids: Sequence[int]) -> None:
         self._num_tokens += len(token_ids)

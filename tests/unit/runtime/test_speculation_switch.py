@@ -31,7 +31,7 @@ class Engine:
 
 
 @pytest.mark.parametrize(
-    ("with_s", "without_s"), [(0.010, 0.005), (0.020, 0.005), (0.100, 0.005), (0.005, 0.005)]
+    ("with_s", "without_s"), [(0.010, 0.005), (0.020, 0.005), (0.100, 0.005), (0.005, 0.005), (0.0151, 0.005)]
 )
 def test_the_faster_way_is_found_and_looking_costs_little(with_s: float, without_s: float) -> None:
     engine = Engine(with_s, without_s)
