@@ -100,7 +100,7 @@ class Soak:
         assert self._llm.dtype != torch.float32 or tokens == self._probe, "the batch changed a seeded sample"
 
     def _check_nothing_is_held(self) -> None:
-        coordinator, runner = self._llm._coordinator, self._llm._runner
+        coordinator, runner = self._llm._coordinator, self._llm._runners[0]
         scheduler = coordinator._scheduler
         scheduler.check_integrity()
         blocks = scheduler._tables.blocks

@@ -13,7 +13,7 @@ from time import perf_counter
 
 WINDOW = 16  # decisions that are timed together
 SETTLING = 3  # of them: results of the other way still arrive; what verifies runs in every second step
-LEAST_GAIN = 1.05  # in tokens a second: rows that guess badly make a batch end late
+LEAST_GAIN = 1.25  # in tokens a second: rows that guess badly are held up by those that guess well
 TRIAL_SHARE = 0.02  # of the time: what may be lost by trying the way that is slower
 
 

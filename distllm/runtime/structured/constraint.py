@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from distllm.runtime.request import Request
 
-NUM_THREADS = max(4, min(16, (os.cpu_count() or 1) // 2))
+NUM_THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
 ROWS_OF_A_JOB = 8  # at least: most masks take less than handing them over
 SLOW_S = 0.003  # to take a token and find the next mask: the others of the batch do not wait so long
 
@@ -29,10 +29,14 @@ class Constraint:
     int32 words. error: why no token can be found, if so; the mask means nothing then.
     """
 
-    def __init__(self, matcher: LLMatcher, min_tokens: int = 0, stop_token_ids: Sequence[int] = ()) -> None:
-        """matcher: this sequence's own, from here on. min_tokens: until then no stop token is allowed where
-        the grammar leaves anything else.
+    def __init__(
+        self, matcher: LLMatcher, lineage: int = 0, min_tokens: int = 0, stop_token_ids: Sequence[int] = ()
+    ) -> None:
+        """matcher: this sequence's own, from here on. lineage: copies of one matcher share a lock; those of
+        other numbers do not. min_tokens: until then no stop token is allowed where the grammar leaves
+        anything else.
         """
+        self.lineage = lineage
         self._matcher = matcher
         self._min_tokens, self._stops = min_tokens, sum(1 << token_id for token_id in set(stop_token_ids))
         self._num_tokens = 0
@@ -99,10 +103,14 @@ class ConstraintThreads:
         self._jobs: dict[Future[None], list[Request]] = {}
 
     def advance(self, tokens: list[tuple[Request, list[int]]]) -> None:
-        """Let each request's constraint take its newest tokens. Returns at once."""
-        size = max(ROWS_OF_A_JOB, -(-len(tokens) // NUM_THREADS))
-        for start in range(0, len(tokens), size):
-            part = tokens[start : start + size]
+        """Let each request's constraint take its newest tokens. Returns at once. What shares a lock is one
+        job."""
+        num_jobs = min(NUM_THREADS, -(-len(tokens) // ROWS_OF_A_JOB))
+        parts: list[list[tuple[Request, list[int]]]] = [[] for _ in range(num_jobs)]
+        for request, token_ids in tokens:
+            assert request.constraint is not None, "only requests with a constraint are handed over"
+            parts[request.constraint.lineage % num_jobs].append((request, token_ids))
+        for part in filter(None, parts):
             self._jobs[self._executor.submit(_advance, part)] = [request for request, _ in part]
 
     def collect(self, timeout_s: float | None) -> list[Request]:

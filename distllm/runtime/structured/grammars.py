@@ -1,7 +1,7 @@
 """Grammars: from StructuredOutputsParams to Constraints, by the llguidance library.
 
 A grammar is tried in a process of its own and then compiled on a thread of its own; what is wrong with it, or
-that it is too costly, is the RequestError of the request that brought it. Equal grammars are compiled once.
+that it is too costly, is the RequestError of the request that brought it. Equal grammars are tried once.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from queue import Empty, SimpleQueue
 from threading import Thread, stack_size
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
-from distllm.runtime.structured.constraint import Constraint
+from distllm.runtime.structured.constraint import NUM_THREADS, Constraint
 from distllm.runtime.structured.grammar_trial import (
     STACK_BYTES,
     GrammarTrial,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 COMPILE_TIMEOUT_S = 5.0  # the first grammar of an engine waits for the vocabulary too
 MAX_CACHED = 64  # compiled grammars
+CHEAP_S = 0.05  # to compile: once for each thread
 
 
 class Grammars:
@@ -36,7 +38,7 @@ class Grammars:
         """vocab_size: the model's, which may have more or fewer rows than the tokenizer has tokens."""
         self._given, self._vocab_size, self._eos = tokenizer, vocab_size, list(eos_token_ids)
         self._trial = GrammarTrial()
-        self._matcher = lru_cache(MAX_CACHED)(self._compile)
+        self._compiled = lru_cache(MAX_CACHED)(self._try_and_compile)
 
     def constraints(
         self, params: StructuredOutputsParams, count: int, min_tokens: int, stop_token_ids: Sequence[int]
@@ -48,8 +50,15 @@ class Grammars:
             raise RequestError("structured_outputs need a tokenizer, and the model folder has none")
         if not self._eos:
             raise RequestError("structured_outputs need an end-of-sequence token, and the model names none")
-        matcher = self._matcher(*params.source())
-        return [Constraint(matcher.deep_copy(), min_tokens, stop_token_ids) for _ in range(count)]
+        compiled = self._compiled(*params.source())
+        made = [compiled.copy() for _ in range(count)]
+        return [Constraint(matcher, lineage, min_tokens, stop_token_ids) for matcher, lineage in made]
+
+    def _try_and_compile(self, field: str, source: str) -> _Compiled:
+        error = self._trial.check(field, source)
+        if error:
+            raise _refusal(field, error)
+        return _Compiled(lambda: self._compile(field, source))
 
     def _compile(self, field: str, source: str) -> LLMatcher:
         """With its first mask: copies find that work done, and what fails at once is refused."""
@@ -64,9 +73,6 @@ class Grammars:
                 raise _refusal(field, one_line(matcher.get_error()))
             return matcher
 
-        error = self._trial.check(field, source)
-        if error:
-            raise _refusal(field, error)
         return _within(COMPILE_TIMEOUT_S, field, work)
 
     @cached_property
@@ -78,6 +84,26 @@ class Grammars:
         made = LLTokenizer(vocabulary, eos_token=self._eos)  # type: ignore[arg-type]
         vocabulary.greedy = made.greedy_tokenize
         return made
+
+
+class _Compiled:
+    """A grammar as matchers to be copied: one for each thread that finds masks, since a matcher and its
+    copies share a lock; one for all where compiling takes long.
+    """
+
+    def __init__(self, compile: Callable[[], LLMatcher]) -> None:
+        start = perf_counter()
+        self._compile, self._matchers = compile, [compile()]
+        self._num_lineages = NUM_THREADS if perf_counter() - start < CHEAP_S else 1
+        self._num_copies = 0
+
+    def copy(self) -> tuple[LLMatcher, int]:
+        """A matcher of its own for one more sequence, and its lineage."""
+        lineage = self._num_copies % self._num_lineages
+        self._num_copies += 1
+        if lineage == len(self._matchers):
+            self._matchers.append(self._compile())
+        return self._matchers[lineage].deep_copy(), lineage
 
 
 class _Vocabulary:

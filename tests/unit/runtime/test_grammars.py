@@ -18,7 +18,7 @@ import torch
 from distllm import RequestError, SamplingParams, StructuredOutputsParams
 from distllm.engine.tokenizers import load_tokenizer
 from distllm.runtime.sampling.token_masks import apply_masks
-from distllm.runtime.structured.constraint import Constraint
+from distllm.runtime.structured.constraint import NUM_THREADS, Constraint
 from distllm.runtime.structured.grammars import Grammars
 from tests.tokenizers import KINDS, LOSSLESS
 
@@ -208,14 +208,14 @@ def test_min_tokens_keeps_the_end_away_while_anything_else_is_left(grammars: Gra
     assert seen == [False, False, True]
 
 
-def test_equal_grammars_are_compiled_once_and_samples_are_apart(grammars: Grammars) -> None:
+def test_samples_of_equal_grammars_are_apart(grammars: Grammars) -> None:
     form = StructuredOutputsParams(regex="[ab]{9}c")
     first, second = grammars.constraints(form, 2, 0, [EOS])
     first.advance([97])
     assert allowed(second) == allowed(grammars.constraints(form, 1, 0, [EOS])[0])
-    before = grammars._matcher.cache_info().hits
+    before = grammars._compiled.cache_info().hits
     grammars.constraints(form, 1, 0, [EOS])
-    assert grammars._matcher.cache_info().hits == before + 1
+    assert grammars._compiled.cache_info().hits == before + 1
 
 
 def test_a_model_that_cannot_be_held_to_a_form() -> None:
@@ -246,3 +246,10 @@ def test_masks_on_the_device(dtype: torch.dtype) -> None:
         assert np.array_equal(found.float().numpy(), expected) and found.dtype == dtype
         assert torch.equal(logits, kept)
         assert apply_masks(logits, [8, 3, 1, 6, 10, 11], masks) is logits
+
+
+def test_threads_share_no_matcher(grammars: Grammars) -> None:
+    """Copies of one matcher have a lock in common: neighbours come from different ones."""
+    made = grammars.constraints(StructuredOutputsParams(regex="[xyz]{7}"), 2 * NUM_THREADS, 0, [EOS])
+    assert [constraint.lineage for constraint in made] == [*range(NUM_THREADS)] * 2
+    assert all(constraint.mask == made[0].mask for constraint in made)
