@@ -7,22 +7,29 @@ tests go through, so that a ✓ without its test cannot be.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from distllm import BeamSearchParams, RequestOutput, SamplingParams, StructuredOutputsParams
+from distllm.runtime.block_tables import BlockTables
+from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs
 from distllm.runtime.llm import LLM
 from distllm.runtime.plan import StepPlan
-from distllm.runtime.request import Request
+from distllm.runtime.request import RequestStatus
 from distllm.runtime.scheduler import Scheduler
 from distllm.runtime.speculation.switch import SpeculationSwitch
+from tests.structured_cases import make_folder
 
+FORM = "[ -~]{12,20}"  # wide enough that some drafts are allowed, and narrow enough that others are not
 NUM_PROMPTS, PROMPT_LEN, SMALL_CACHE = 8, 40, 60  # the last: KV blocks of 4 tokens
 PLAIN: dict[str, Any] = {
     "max_num_seqs": 16,
@@ -53,13 +60,13 @@ FEATURES: dict[str, Feature] = {
     "pp": Feature(pp=2),
     "graphs": Feature({"enforce_eager": False}),
     "overlap": Feature(),  # always on
-    "speculation": Feature(),  # the model drafts for itself
+    "speculation": Feature(),  # by a model that is nearly the same: some drafts are wrong
     "beam": Feature(),  # llm.beam_search
-    "structured": Feature(params={"structured_outputs": StructuredOutputsParams(regex="[a-f ]{5,15}")}),
+    "structured": Feature(params={"structured_outputs": StructuredOutputsParams(regex=FORM)}),
     "penalties": Feature(
-        params={"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}
+        params={"repetition_penalty": 1.05, "presence_penalty": 1.0, "frequency_penalty": 0.5}
     ),
-    "logprobs": Feature(params={"logprobs": 3}),
+    "logprobs": Feature(params={"logprobs": 3}),  # and of every other prompt
     "n > 1": Feature(params={"n": 3}),
 }
 
@@ -77,42 +84,68 @@ ON_CPU = [pair for pair in PAIRS if "graphs" not in pair]
 Pair = tuple[str, str]
 
 
+# A feature, and what is called each time that it is at work.
+COUNTED: tuple[tuple[str, Any, str], ...] = (
+    ("beam", BlockTables, "branch"),
+    ("graphs", DecodeGraphs, "replay"),
+    ("graphs", PromptGraphs, "replay"),
+)
+
+
 class Seen(Counter[str]):
     """What a scheduler did, by the name of the feature that it shows."""
 
     def look(self, scheduler: Scheduler, plan: StepPlan) -> None:
         self["chunked prefill"] += sum(not row.samples for row in plan.prefills)
+        for request in scheduler._waiting:  # what has no output yet loses nothing
+            self["preemption"] += request.status is RequestStatus.PREEMPTED and request.num_output_tokens > 0
         for request in scheduler._outstanding[-1].sampled:
             # Sampled once more although the token before has not come: planned ahead.
             verified = request.drafting is not None and request.drafting.token_ids
             self["overlap"] += request.num_pending > 1 and not verified
             self["prefix cache"] += request.fork_from is None and request.num_cached_tokens > 0
 
+    def counting(self, name: str, function: Any) -> Any:
+        """The function, that counts its calls."""
+
+        def counted(*args: Any) -> Any:
+            self[name] += 1
+            return function(*args)
+
+        return counted
+
+
+def make_models(folder: Path) -> Path:
+    """A model, and in folder/draft one that mostly agrees with it."""
+    from transformers import LlamaForCausalLM
+
+    draft = LlamaForCausalLM.from_pretrained(make_folder(folder))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draft.lm_head.weight += 0.01 * torch.randn_like(draft.lm_head.weight)
+    draft.save_pretrained(folder / "draft")
+    return folder
+
 
 @contextmanager
 def arranged(pair: Sequence[str]) -> Iterator[Seen]:
     """Few KV blocks for preemption, speculation however slow; and who looks on."""
-    seen, schedule, preempt = Seen(), Scheduler.schedule, Scheduler._preempt
+    seen, schedule = Seen(), Scheduler.schedule
 
     def watched(self: Scheduler) -> StepPlan:
         plan = schedule(self)
         seen.look(self, plan)
         return plan
 
-    def counted(self: Scheduler, request: Request) -> None:
-        seen["preemption"] += 1
-        preempt(self, request)
-
-    with (
-        patch.object(Scheduler, "schedule", watched),
-        patch.object(Scheduler, "_preempt", counted),
-        patch.object(SpeculationSwitch, "decide", lambda self, num_rows: True),
-    ):
-        if "preemption" not in pair:
-            yield seen
-            return
-        with patch("distllm.runtime.llm.kv_block_count", lambda *args: SMALL_CACHE):
-            yield seen
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(Scheduler, "schedule", watched))
+        patches.enter_context(patch.object(SpeculationSwitch, "decide", lambda self, num_rows: True))
+        for name, owner, method in COUNTED:
+            counted = seen.counting(name, getattr(owner, method))
+            patches.enter_context(patch.object(owner, method, counted))
+        if "preemption" in pair:
+            patches.enter_context(patch("distllm.runtime.llm.kv_block_count", lambda *args: SMALL_CACHE))
+        yield seen
 
 
 def prompts() -> list[list[int]]:
@@ -135,7 +168,12 @@ def requests(pair: Sequence[str]) -> list[Any]:
     alone = {"speculation", "overlap"} == set(pair)
     return [
         SamplingParams(
-            temperature=0.8 * (i % 2), seed=i, max_tokens=24, speculate=not (alone and i % 3 == 0), **changes
+            temperature=0.8 * (i % 2),
+            seed=i,
+            max_tokens=24,
+            speculate=not (alone and i % 3 == 0),
+            prompt_logprobs=2 if "logprobs" in pair and i % 2 else None,
+            **changes,
         )
         for i in range(NUM_PROMPTS)
     ]
@@ -147,7 +185,7 @@ def options(folder: Path, pair: Sequence[str]) -> dict[str, Any]:
     for name in pair:
         chosen |= FEATURES[name].options
     if "speculation" in pair:
-        chosen["speculative_config"] = {"method": "draft_model", "model": str(folder)}
+        chosen["speculative_config"] = {"method": "draft_model", "model": str(folder / "draft")}
     return chosen
 
 
@@ -175,30 +213,29 @@ def check_cell(llm: LLM, pair: Sequence[str], plain: list[Any], seen: Seen) -> N
         return
     assert facts(outputs) == facts(plain), "the tokens differ"
     assert not again or facts(again) == facts(plain), "the tokens differ when the cache knows them"
-    check_logprobs(outputs, plain)
+    for found in (outputs, again):
+        assert not found or close(logprobs(found), logprobs(plain)), "the log-probabilities differ"
     for name in pair:
         assert was_at_work(name, llm, again or outputs, seen), f"{name} was not at work"
 
 
 def was_at_work(name: str, llm: LLM, outputs: list[Any], seen: Seen) -> bool:
     match name:
-        case "chunked prefill" | "prefix cache" | "preemption" | "overlap":
+        case "chunked prefill" | "prefix cache" | "preemption" | "overlap" | "graphs" | "beam":
             return seen[name] > 0
         case "tp" | "pp":
             return llm.layout.tp_size > 1 if name == "tp" else llm.layout.pp_size > 1
-        case "graphs":
-            return llm._runners[0]._decodes is not None
         case "speculation":
             stats = llm.speculation_stats()
-            return stats is not None and stats.num_accepted_tokens > 0
+            return stats is not None and 0 < stats.num_accepted_tokens < stats.num_draft_tokens
         case "structured":
-            texts = [c.text for output in outputs for c in output.outputs]
-            return all(5 <= len(text) <= 15 and set(text) <= set("abcdef ") for text in texts)
+            return all(re.fullmatch(FORM, c.text) for output in outputs for c in output.outputs)
         case "logprobs":
-            return all(len(c.logprobs) == len(c.token_ids) for o in outputs for c in o.outputs)
+            scored = sum(o.prompt_logprobs is not None for o in outputs)
+            return scored > 0 and all(len(c.logprobs) == len(c.token_ids) for o in outputs for c in o.outputs)
         case "n > 1":
             return all(len(o.outputs if isinstance(o, RequestOutput) else o.sequences) > 1 for o in outputs)
-    return True  # beam and penalties: the tokens show it
+    return True  # penalties: the tokens show it, for they are not those without
 
 
 def facts(outputs: list[Any]) -> list[Any]:
@@ -207,13 +244,21 @@ def facts(outputs: list[Any]) -> list[Any]:
     return [[(s.tokens, s.text, s.finish_reason) for s in output.sequences] for output in outputs]
 
 
-def check_logprobs(outputs: list[Any], plain: list[Any]) -> None:
+def logprobs(outputs: list[Any]) -> list[list[float]]:
+    """Whatever was given of them, place by place; ascending, since a near tie may fall either way."""
     if not isinstance(outputs[0], RequestOutput):
-        return
-    for mine, theirs in zip(outputs, plain, strict=True):
-        for one, other in zip(mine.outputs, theirs.outputs, strict=True):
-            for entries, others in zip(one.logprobs or [], other.logprobs or [], strict=True):
-                assert all(abs(entry.logprob - others[t].logprob) < 1e-4 for t, entry in entries.items())
+        return [[s.cum_logprob] for output in outputs for s in output.sequences]
+    places = [place for o in outputs for c in o.outputs for place in c.logprobs or []]
+    places += [place for o in outputs for place in o.prompt_logprobs or [] if place]
+    return [sorted(entry.logprob for entry in place.values()) for place in places]
+
+
+def close(mine: list[list[float]], theirs: list[list[float]]) -> bool:
+    """As many in each place, within 1e-4."""
+    return all(
+        len(one) == len(other) and all(abs(a - b) < 1e-4 for a, b in zip(one, other, strict=True))
+        for one, other in zip(mine, theirs, strict=True)
+    )
 
 
 HEAD = """# Feature matrix

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import launchers
+from tests.decoding_matrix import make_models
 from tests.draw_cases import check_layouts
 from tests.gpu.conftest import needs_gpus, num_gpus
 from tests.gpu.engine_cases import EXPERTS, make_case, make_trained_case
@@ -56,7 +57,7 @@ def test_structured_outputs(tmp_path: Path, tp: int, pp: int) -> None:
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_decoding_matrix(tmp_path: Path, tp: int, pp: int) -> None:
     """Graphs beside every other feature."""
-    check("run_matrix.py", make_folder(tmp_path), tp, pp)
+    check("run_matrix.py", make_models(tmp_path), tp, pp)
 
 
 def check(script: str, folder: Path, tp: int, pp: int) -> None:

@@ -11,7 +11,6 @@ import pytest
 from distllm import LLM, RequestError, SamplingParams
 from distllm.comm.local import LocalControl, run_ranks
 from tests import decoding_matrix as matrix
-from tests.structured_cases import make_folder
 
 POSSIBLE = [pair for pair in matrix.ON_CPU if frozenset(pair) not in matrix.IMPOSSIBLE]
 IMPOSSIBLE = [pair for pair in matrix.ON_CPU if frozenset(pair) in matrix.IMPOSSIBLE]
@@ -19,7 +18,7 @@ IMPOSSIBLE = [pair for pair in matrix.ON_CPU if frozenset(pair) in matrix.IMPOSS
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("matrix"))
+    return matrix.make_models(tmp_path_factory.mktemp("matrix"))
 
 
 @cache
@@ -63,6 +62,13 @@ def test_pair_that_cannot_be(folder: Path, pair: matrix.Pair) -> None:
         assert not seen["overlap"]
         stats = llm.speculation_stats()
         assert stats is None or stats.num_draft_tokens == 0
+
+
+@pytest.mark.parametrize("name", ["structured", "penalties"])
+def test_without_it_the_tokens_are_others(folder: Path, name: str) -> None:
+    """Or the cells that have it would say nothing about it."""
+    with_it, without = (matrix.facts(plain_outputs(folder, kind)) for kind in ((name,), ()))
+    assert sum(mine != theirs for mine, theirs in zip(with_it, without, strict=True)) > len(without) / 2
 
 
 def test_the_document_is_the_table() -> None:
