@@ -462,7 +462,7 @@ class Scheduler:
     def _append(self, request: Request, token_id: int) -> None:
         request.token_ids.append(token_id)
         if self._speculation is not None:
-            self._speculation.switch.count(1)
+            self._speculation.switch.count(request)
         if token_id in request.stop_token_ids:
             self.finish(request, "stop")
         elif len(request.token_ids) == request.max_total_tokens:

@@ -7,13 +7,14 @@ both ways are timed: tokens a second over a window of steps. Only plans follow f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from time import perf_counter
 
 WINDOW = 16  # decisions that are timed together
 SETTLING = 3  # of them: results of the other way still arrive; what verifies runs in every second step
-LEAST_GAIN = 1.25  # in tokens a second: rows that guess badly are held up by those that guess well
+LEAST_GAIN = 1.1  # in tokens a second
 TRIAL_SHARE = 0.02  # of the time: what may be lost by trying the way that is slower
 
 
@@ -24,8 +25,8 @@ class _Rates:
     by_way: dict[bool, float] = field(default_factory=dict)  # tokens a second, with speculation or without
     lost_s: float = 0.0  # by trials, and not yet made up for
 
-    def add(self, way: bool, rate: float, num_tokens: int, elapsed_s: float) -> None:
-        """What a window showed; elapsed_s: from its first decision on, settling included."""
+    def add(self, way: bool, rate: float, num_tokens: float, elapsed_s: float) -> None:
+        """What a window showed: num_tokens since it had settled; elapsed_s from its first decision on."""
         was_best = way == self.best
         self.by_way[way] = (self.by_way.get(way, rate) + rate) / 2 if was_best else rate
         if len(self.by_way) < 2:
@@ -52,12 +53,9 @@ class SpeculationSwitch:
         self._clock = clock
         self._rates: dict[int, _Rates] = {}
         self._bucket, self._way = -1, True
-        self._num_decisions = 0
-        self._begun = self._settled = (
-            0.0,
-            0,
-        )  # when the window began, when it settled, and the tokens till then
-        self._num_tokens = 0
+        self._tokens: Counter[Hashable] = Counter()  # of each row, since the window has settled
+        self._num_decisions = 0  # of the window
+        self._begun_s = self._settled_s = 0.0
 
     def decide(self, num_rows: int) -> bool:
         """Whether to speculate in the step that is being planned. Batches of up to twice the size count as
@@ -71,24 +69,30 @@ class SpeculationSwitch:
             self._begin()
         self._num_decisions += 1
         if self._num_decisions == SETTLING:
-            self._settled = self._clock(), self._num_tokens
+            self._settled_s = self._clock()
+            self._tokens.clear()
         return self._way
 
-    def count(self, num_tokens: int) -> None:
-        """So many tokens have come."""
-        self._num_tokens += num_tokens
+    def count(self, row: Hashable) -> None:
+        """A token of this row has come."""
+        self._tokens[row] += 1
 
     def disturb(self) -> None:
         """Prompts are computed: what is being timed would say little."""
-        self._num_decisions = 0
-        self._begun = self._clock(), self._num_tokens
+        self._restart()
 
     def _end(self, rates: _Rates) -> None:
-        now, tokens = self._clock(), self._num_tokens
-        rate = (tokens - self._settled[1]) / max(now - self._settled[0], 1e-9)
-        rates.add(self._way, rate, tokens - self._begun[1], now - self._begun[0])
+        """By the harmonic mean over rows: those that are guessed badly are held up by those that are guessed
+        well, and are the ones whose users wait."""
+        now, counts = self._clock(), self._tokens.values()
+        tokens = len(counts) ** 2 / sum(1 / count for count in counts) if counts else 0.0
+        rates.add(self._way, tokens / max(now - self._settled_s, 1e-9), tokens, now - self._begun_s)
 
     def _begin(self) -> None:
         self._way = self._rates.setdefault(self._bucket, _Rates()).next_way()
+        self._restart()
+
+    def _restart(self) -> None:
         self._num_decisions = 0
-        self._begun = self._clock(), self._num_tokens
+        self._begun_s = self._settled_s = self._clock()
+        self._tokens.clear()

@@ -38,7 +38,7 @@ class Constraint:
         """
         self.lineage = lineage
         self._matcher = matcher
-        self._min_tokens, self._stops = min_tokens, sum(1 << token_id for token_id in set(stop_token_ids))
+        self._min_tokens, self._stops = min_tokens, frozenset(stop_token_ids)
         self._num_tokens = 0
         self.error: str | None = None
         self.is_slow = False  # the last time
@@ -66,8 +66,11 @@ class Constraint:
         """
         masks, num_taken = [self.mask], 0
         for token_id in drafts:
-            ends = self._stops >> token_id & 1
-            if ends or not _allows(masks[-1], token_id) or not self._matcher.consume_token(token_id):
+            if (
+                token_id in self._stops
+                or not _allows(masks[-1], token_id)
+                or not self._matcher.consume_token(token_id)
+            ):
                 break
             num_taken += 1
             masks.append(self._mask_after(num_taken))
@@ -86,8 +89,11 @@ class Constraint:
         return self._without_stops(mask) if self._num_tokens + num_ahead < self._min_tokens else mask
 
     def _without_stops(self, mask: bytes) -> bytes:
-        others = int.from_bytes(mask, "little") & ~self._stops
-        return others.to_bytes(len(mask), "little") if others else mask
+        """Unless nothing else is left. By bytes: arithmetic on all bits at once would hold Python's lock."""
+        others = bytearray(mask)
+        for token_id in self._stops:
+            others[token_id // 8] &= ~(1 << token_id % 8)
+        return bytes(others) if others.count(0) < len(others) else mask
 
     def _fail(self) -> None:
         self.error = f"the grammar cannot go on: {one_line(self._matcher.get_error())}"

@@ -26,7 +26,9 @@ class Engine:
             self.ways.append(way)
             self.now += self.step_s[way]
             self.num_tokens += num_rows * self.tokens[way]
-            self.switch.count(num_rows * self.tokens[way])
+            for row in range(num_rows):
+                for _ in range(self.tokens[way]):
+                    self.switch.count(row)
         return (self.num_tokens - before) / (self.now - began)
 
 
@@ -47,6 +49,19 @@ def test_it_follows_a_text_that_changes() -> None:
     engine.step_s[True] = 0.006  # drafts are right now
     engine.run(4000)
     assert engine.run(2000) > 0.95 * 4 * 3 / 0.006
+
+
+def test_rows_that_are_guessed_badly_count() -> None:
+    """One of two rows gets 5 tokens a step, the other one; on the whole 3, but a user waits for each."""
+    switch, now, on = SpeculationSwitch(lambda: now), 0.0, 0
+    for step in range(3000):
+        way = switch.decide(2)
+        now += 0.010 if way else 0.005
+        for row, count in enumerate((5, 1) if way else (1, 1)):
+            for _ in range(count):
+                switch.count(row)
+        on += way and step > 1000
+    assert on < 200
 
 
 def test_sizes_of_batches_are_judged_apart() -> None:
