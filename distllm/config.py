@@ -33,6 +33,10 @@ class SpeculativeConfig:
         if self.method not in SPECULATIVE_METHODS:
             known = ", ".join(SPECULATIVE_METHODS)
             raise ConfigError(f"speculative_config: method is {self.method!r}; it must be one of {known}")
+        if self.model is not None and not isinstance(self.model, str):
+            raise ConfigError(f"speculative_config: model is {self.model!r}; it must be a name or a folder")
+        if self.proposer is not None and not callable(self.proposer):
+            raise ConfigError(f"speculative_config: proposer is {self.proposer!r}; it must be a function")
         self._check_range("num_speculative_tokens", 1, MAX_DRAFTS)
         self._check_range("prompt_lookup_min", 1, MAX_NGRAM)
         self._check_range("prompt_lookup_max", self.prompt_lookup_min, MAX_NGRAM)
@@ -46,6 +50,10 @@ class SpeculativeConfig:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> SpeculativeConfig:
         """What the user wrote."""
+        if not isinstance(options, Mapping):
+            raise ConfigError(
+                f"speculative_config is {options!r}; it must be a dict, like {{'method': 'ngram'}}"
+            )
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:

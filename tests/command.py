@@ -25,6 +25,18 @@ def distllm(*args: object, prefix: Sequence[str] = (), **options: Any) -> subpro
     return subprocess.run(command, **(defaults | options))
 
 
+def benchmark(script: str, *args: object, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
+    """A script of benchmarks/, as a user starts it."""
+    return subprocess.run(
+        [sys.executable, Path(__file__).parents[1] / "benchmarks" / script, *map(str, args)],
+        env=launchers.clean_environ(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
 def without_log(output: str) -> str:
     """What was said, less what was logged (`[rank 0 host] INFO …`): launchers join stdout and stderr."""
     return "".join(line for line in output.splitlines(keepends=True) if "] INFO " not in line)

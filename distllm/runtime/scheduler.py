@@ -133,14 +133,16 @@ class Scheduler:
         runs; where finding one takes long, the request does not run before it is found."""
         self.awaiting = []
         for request in sampled:
-            if request.constraint is None or request.slot in plan.token_masks:
+            if request.constraint is None:
+                continue
+            if request.constraint.is_slow:
+                request.ready_step = NEVER
+            if request.slot in plan.token_masks:
                 continue
             if request.num_tokens_in_mask == request.num_planned_tokens - 1 - request.num_prompt_tokens:
                 plan.token_masks[request.slot] = request.constraint.mask
             else:
                 self.awaiting.append(request)
-            if request.constraint.is_slow:
-                request.ready_step = NEVER
         plan.awaits_masks = bool(self.awaiting)
 
     def _branch_beams(self, plan: StepPlan) -> set[Request]:
@@ -196,8 +198,8 @@ class Scheduler:
             self._advance_decodes(plan, ready)
             return budget - len(ready)
         budget -= len(ready)
-        drafts = self._speculation.propose(self._wanted_drafts(self._speculation, plan, ready, budget))
-        drafts = self._allowed_drafts(plan, drafts)
+        wanted = self._wanted_drafts(self._speculation, plan, ready, budget)
+        drafts = self._speculation.propose(wanted, plan.token_masks)
         self._advance_decodes(plan, [request for request in ready if request not in drafts])
         for request, token_ids in drafts.items():
             budget -= self._verify(plan, request, token_ids)
@@ -217,19 +219,6 @@ class Scheduler:
                 wanted[request] = count
                 budget -= count
         return wanted
-
-    @staticmethod
-    def _allowed_drafts(
-        plan: StepPlan, drafts: dict[Request, tuple[int, ...]]
-    ) -> dict[Request, tuple[int, ...]]:
-        """Without what grammars forbid."""
-        allowed: dict[Request, tuple[int, ...]] = {}
-        for request, token_ids in drafts.items():
-            if request.constraint is not None:
-                token_ids, plan.token_masks[request.slot] = request.constraint.look_ahead(token_ids)
-            if token_ids:
-                allowed[request] = token_ids
-        return allowed
 
     def _verify(self, plan: StepPlan, request: Request, drafts: tuple[int, ...]) -> int:
         """Run the newest token and drafts behind it; return how many those are. Until it is known which are

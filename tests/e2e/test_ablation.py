@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from distllm import kernels
 from distllm.kernels.reference import linear
 from distllm.runtime.model_runner import ModelRunner
 from distllm.runtime.plan import StepPlan
-from tests import launchers
+from tests.command import benchmark
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,14 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_ladder(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "ablation.json"
     args = ["--batch-size", "1", "--batch-size", "2", "--num-steps", "4", "-o", str(file)]
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/ablation.py", tiny, *args],
-        env=launchers.clean_environ(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = benchmark("ablation.py", tiny, *args)
     assert done.returncode == 0, done.stderr
     pieces = [piece for piece in ablation.PIECES if piece != ablation.ONE_SHOT]  # for several ranks
     rungs = json.loads(file.read_text())["results"]["ablation"]

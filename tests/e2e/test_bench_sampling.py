@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from benchmarks import bench_sampling
-from tests import launchers
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks/bench_sampling.py"
-
-
-def run(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, args)],
-        env=launchers.clean_environ(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+from tests.command import benchmark
 
 
 def test_every_way(tmp_path: Path) -> None:
     file = tmp_path / "sampling.json"
-    done = run(
-        "demo", "--batch-size", 2, "--max-model-len", 256, "--num-steps", 4, "--num-iters", 1, "-o", file
+    done = benchmark(
+        "bench_sampling.py",
+        "demo",
+        "--batch-size",
+        2,
+        "--max-model-len",
+        256,
+        "--num-steps",
+        4,
+        "--num-iters",
+        1,
+        "-o",
+        file,
     )
     assert done.returncode == 0, done.stderr
     ways = json.loads(file.read_text())["results"]["ways"]
@@ -37,5 +33,5 @@ def test_every_way(tmp_path: Path) -> None:
 
 
 def test_a_window_that_is_too_short_is_one_line() -> None:
-    done = run("demo")
+    done = benchmark("bench_sampling.py", "demo")
     assert done.returncode == 1 and done.stderr.startswith("Error: max_model_len is 4096")

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests import launchers
 from tests.checkpoints import make_llama
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks/bench_speculation.py"
+from tests.command import benchmark
 
 
 def test_every_way(tmp_path: Path) -> None:
     shape, file = tmp_path / "shape", tmp_path / "speculation.json"
     make_llama(shape, vocab_size=400, max_position_embeddings=1024)
     sizes = ("--batch-size", 1, "--batch-size", 2, "--num-tokens", 40, "--num-iters", 1, "--draft-layers", 1)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, (tmp_path / "pair", shape, *sizes, "-o", file))],
-        env=launchers.clean_environ(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = benchmark("bench_speculation.py", tmp_path / "pair", shape, *sizes, "-o", file)
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())["results"]
     assert [(r["way"], r["batch_size"]) for r in results] == [

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests import launchers
 from tests.checkpoints import make_llama
+from tests.command import benchmark
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/bench_structured.py"
 SIZES = ("--batch-size", "2", "--num-steps", "16", "--num-iters", "1")
 
 
 def test_every_form(tmp_path: Path) -> None:
     shape, file = tmp_path / "shape", tmp_path / "structured.json"
     make_llama(shape, num_hidden_layers=1, max_position_embeddings=1024)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, shape, *SIZES, "-o", file],
-        env=launchers.clean_environ(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = benchmark("bench_structured.py", shape, *SIZES, "-o", file)
     assert done.returncode == 0, done.stderr
     forms = json.loads(file.read_text())["results"]["forms"]
     assert [each["form"] for each in forms] == ["none", "JSON schema", "JSON object", "regex", "grammar"]

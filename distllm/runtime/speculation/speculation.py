@@ -59,12 +59,21 @@ class Speculation:
         room = request.max_total_tokens - len(request.token_ids) - 2
         return max(0, min(self._num_tokens, request.drafting.limit, room))
 
-    def propose(self, wanted: Mapping[Request, int]) -> dict[Request, tuple[int, ...]]:
-        """Drafts for those that get some."""
-        if not wanted:
-            return {}
-        drafts = zip(wanted, self._proposer.propose(wanted), strict=True)
-        return {request: tuple(token_ids) for request, token_ids in drafts if token_ids}
+    def propose(
+        self, wanted: Mapping[Request, int], masks: dict[int, bytes]
+    ) -> dict[Request, tuple[int, ...]]:
+        """Drafts for those that get some. What grammars forbid is left out; masks, as StepPlan.token_masks,
+        get one for each place of those that have a grammar.
+        """
+        drafts: dict[Request, tuple[int, ...]] = {}
+        guesses = self._proposer.propose(wanted) if wanted else []
+        for request, guess in zip(wanted, guesses, strict=True):
+            token_ids = tuple(guess)
+            if token_ids and request.constraint is not None:
+                token_ids, masks[request.slot] = request.constraint.look_ahead(token_ids)
+            if token_ids:
+                drafts[request] = token_ids
+        return drafts
 
     def end(self, request: Request) -> bool:
         """The results of a verification have come. Whether a draft was wrong."""

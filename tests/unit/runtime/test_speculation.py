@@ -263,6 +263,10 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"method": "draft_model"}, "model is missing"),
     ({"method": "ngram", "model": "demo-draft"}, "model is of method 'draft_model' alone"),
     ({"method": "custom"}, "proposer is missing"),
+    ({"method": "custom", "proposer": 7}, "proposer is 7; it must be a function"),
+    ({"method": "draft_model", "model": 7}, "model is 7; it must be a name or a folder"),
+    ("ngram", "speculative_config is 'ngram'; it must be a dict"),  # type: ignore[list-item]
+    (5, "speculative_config is 5"),  # type: ignore[list-item]
     ({"method": "draft_model", "model": "demo-draft", "draft_tensor_parallel_size": 2}, "it must be 1 or"),
     ({"method": "draft_model", "model": "/nowhere"}, "/nowhere"),
 ]
