@@ -24,6 +24,7 @@ from distllm import LLM, SamplingParams, kernels
 from distllm.comm.connect import open_control
 from distllm.comm.devices import select_device
 from distllm.kernels import triton as triton_kernels
+from tests.kernels.test_attention import ROWS, Knobs, check
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1031, "hidden_size": 200,
@@ -84,6 +85,13 @@ def run_alone() -> None:
     kernels.expert_mlp(x, gate_up, down, shares, experts)
 
 
+def run_verifications() -> None:
+    """Decodes of several tokens, which engines run in graphs alone."""
+    for rows in ("verification", "long verification"):
+        for head_dim, block_size in ((80, 3), (64, 64)):
+            check(ROWS[rows], 6, 2, head_dim, block_size, torch.float32, Knobs(window=17))
+
+
 def run_triton() -> None:
     """The engine, and a check that it has launched every kernel that there is."""
     launched: set[str] = set()
@@ -96,6 +104,7 @@ def run_triton() -> None:
     JITFunction.run = recording
     run_engines(ENGINES)
     run_alone()
+    run_verifications()
     missed = all_kernels() - launched
     assert not missed, f"{sorted(missed)} did not run: add a request that needs them"
     print(f"{len(launched)} Triton kernels ran", flush=True)
@@ -103,6 +112,7 @@ def run_triton() -> None:
 
 def run_fp32() -> None:
     run_engines(engine for engine in ENGINES if engine.dtype == "float32")
+    run_verifications()
 
 
 def all_kernels() -> set[str]:
