@@ -21,6 +21,7 @@ from distllm.kernels.reference import (
     experts,
     gather,
     logprobs,
+    masks,
     norm,
     rope,
     sampling,
@@ -70,6 +71,7 @@ linear = _by_device(linears.linear)
 linear_activate_mul = _by_device(linears.linear_activate_mul)
 linear_add = _by_device(linears.linear_add)
 lowest_kept = _by_device(truncation.lowest_kept)
+mask_logits = _by_device(masks.mask_logits)
 paged_attention = _by_device(attention.paged_attention)
 rms_norm = _by_device(norm.rms_norm)
 rope_and_cache_kv = _by_device(rope.rope_and_cache_kv)

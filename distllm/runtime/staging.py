@@ -14,8 +14,12 @@ def to_device(
     """values as a tensor on the device. Returns at once: the copy runs on the current stream, from pinned
     memory that its allocator keeps until then.
     """
-    host = torch.as_tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if device.type != "cuda":
+        return torch.as_tensor(values, dtype=dtype)
+    found = np.asarray(values)
+    host = torch.empty(found.shape, dtype=dtype, pin_memory=True)
+    host.numpy()[...] = found  # torch would wake all its threads for a megabyte
+    return host.to(device, non_blocking=True)
 
 
 class HostCopy:

@@ -83,6 +83,8 @@ def run_alone() -> None:
     shares, experts = kernels.route(x[:, :5], 2, renormalize=True)
     gate_up, down = torch.randn(5, 2 * 37, 203, device="cuda"), torch.randn(5, 203, 37, device="cuda")
     kernels.expert_mlp(x, gate_up, down, shares, experts)
+    numbers = torch.arange(-1, 20, device="cuda") % 3 - 1
+    kernels.mask_logits(x, torch.randint(256, (2, 28), dtype=torch.uint8, device="cuda"), numbers)
 
 
 def run_verifications() -> None:

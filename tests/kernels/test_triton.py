@@ -14,6 +14,7 @@ from distllm.kernels.triton import activation as triton_activation
 from distllm.kernels.triton import gather as triton_gather
 from distllm.kernels.triton import linear as triton_linear
 from distllm.kernels.triton import logprobs as triton_logprobs
+from distllm.kernels.triton import masks as triton_masks
 from distllm.kernels.triton import norm as triton_norm
 from distllm.kernels.triton import sampling as triton_sampling
 from distllm.kernels.triton import truncation
@@ -248,3 +249,21 @@ def test_token_logprobs(dtype: torch.dtype, rows: int, vocab: int, monkeypatch: 
     assert torch.equal(rank, (want > chosen).sum(-1) + 1)
     torch.testing.assert_close(top, want.topk(num_top).values.float(), atol=4e-6, rtol=0)
     torch.testing.assert_close(want.gather(-1, top_ids).float(), top, atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 33, 4096, 5001])
+def test_mask_logits(dtype: torch.dtype, vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    bits = rng.random((3, -(-vocab // 32) * 32)) < 0.5
+    packed = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")).to(DEVICE)
+    numbers = [1, -1, 0, 2, 1]
+    wide = randn(5, vocab + 3, dtype=dtype)  # rows of a longer memory
+    before = wide.clone()
+    found = triton_masks.mask_logits(wide[:, :vocab], packed, torch.tensor(numbers).to(DEVICE))
+    expected = wide[:, :vocab].double().cpu().numpy().copy()
+    for row, number in enumerate(numbers):
+        if number >= 0:
+            expected[row, ~bits[number, :vocab]] = -np.inf
+    assert np.array_equal(found.double().cpu().numpy(), expected) and found.dtype == dtype
+    assert torch.equal(wide, before)

@@ -11,7 +11,7 @@ from distllm.parallel.vocab import VocabParallelHead
 from distllm.runtime.plan import RowSampling
 from distllm.runtime.sampling.controlled_rows import ControlledRows, History, LogitsProcessor
 from distllm.runtime.sampling.sampled import Logprobs, Sampled
-from distllm.runtime.sampling.token_masks import apply_masks
+from distllm.runtime.sampling.token_masks import apply_masks, mask_bytes
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import to_device
 
@@ -77,6 +77,7 @@ class Sampler:
             for border in (None, lowest):
                 sample_tokens(each, p["temperature"], p["seed"], first, border)
         token_logprobs(logits, first, 1)
+        apply_masks(logits, [0] * len(hidden), {0: bytes(len(hidden) * mask_bytes(logits.shape[1]))})
 
     def sample_plain(self, shard: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As sample(), of plain rows: [n] int64. Decides nothing on the host, so it can be captured."""

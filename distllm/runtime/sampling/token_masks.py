@@ -1,4 +1,4 @@
-"""What grammars forbid, on the device: packed masks of a step's rows into −inf. Knows no grammar."""
+"""What grammars forbid, from the host to the device: packed masks of a step's rows. Knows no grammar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from distllm.kernels import mask_logits
 from distllm.runtime.staging import to_device
+
+
+def mask_bytes(vocab_size: int) -> int:
+    """Of a row's mask: whole int32 words."""
+    return 4 * -(-vocab_size // 32)
 
 
 def apply_masks(logits: torch.Tensor, slots: Sequence[int], masks: Mapping[int, bytes]) -> torch.Tensor:
@@ -15,14 +21,14 @@ def apply_masks(logits: torch.Tensor, slots: Sequence[int], masks: Mapping[int, 
     kept. The rows of a slot are neighbours, as many as masks, StepPlan.token_masks, has for it. Does not wait
     for the device.
     """
-    rows = [row for row, slot in enumerate(slots) if slot in masks]
-    if not rows:
+    masked = np.array([slot in masks for slot in slots])
+    if not masked.any():
         return logits
-    packed = np.frombuffer(
-        bytearray(b"".join(masks[slot] for slot in dict.fromkeys(slots) if slot in masks)), dtype=np.uint8
+    # A bytearray: torch warns of memory that cannot be written.
+    packed = bytearray(b"".join(masks[slot] for slot in dict.fromkeys(slots) if slot in masks))
+    numbers = np.where(masked, masked.cumsum() - 1, -1)
+    return mask_logits(
+        logits,
+        to_device(np.frombuffer(packed, np.uint8).reshape(masked.sum(), -1), torch.uint8, logits.device),
+        to_device(numbers, torch.int64, logits.device),
     )
-    columns = to_device(packed.reshape(len(rows), -1), torch.uint8, logits.device)
-    bits = 1 << torch.arange(8, dtype=torch.uint8, device=logits.device)
-    allowed = ((columns[:, :, None] & bits) != 0).flatten(1)[:, : logits.shape[1]]
-    index = to_device(rows, torch.int64, logits.device)
-    return logits.index_copy(0, index, logits[index].masked_fill(~allowed, -torch.inf))

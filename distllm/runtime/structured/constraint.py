@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
     from distllm.runtime.request import Request
 
-NUM_THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
-ROWS_OF_A_JOB = 8  # at least: most masks take less than handing them over
+NUM_THREADS = max(2, min(16, len(os.sched_getaffinity(0)) * 3 // 4))
+JOB_S = 0.001  # of work that a thread is given at least: most masks take less than handing them over
 SLOW_S = 0.003  # to take a token and find the next mask: the others of the batch do not wait so long
+
+
+_Tokens = tuple["Request", list[int]]  # sampled, not yet taken
 
 
 class Constraint:
@@ -41,15 +44,19 @@ class Constraint:
         self._min_tokens, self._stops = min_tokens, frozenset(stop_token_ids)
         self._num_tokens = 0
         self.error: str | None = None
-        self.is_slow = False  # the last time
+        self.cost_s = 0.0  # of the last tokens and the mask behind them
         self.mask = b""
         self._find_mask()
+
+    @property
+    def is_slow(self) -> bool:
+        return self.cost_s > SLOW_S
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """Take tokens that were sampled, the first of them under the mask."""
         start = time.thread_time()  # waiting for Python's lock is not the grammar's fault
         self._take(token_ids)
-        self.is_slow = time.thread_time() - start > SLOW_S
+        self.cost_s = time.thread_time() - start
 
     def _take(self, token_ids: Sequence[int]) -> None:
         self._num_tokens += len(token_ids)
@@ -100,24 +107,18 @@ class Constraint:
 
 
 class ConstraintThreads:
-    """Advance the constraints of requests. Finding a mask does not hold Python's lock: threads share that;
-    taking a token does.
+    """Advance the constraints of requests. Finding a mask does not hold Python's lock, taking a token does:
+    threads help where masks are costly, and hold each other up where they are not.
     """
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(NUM_THREADS, "constraints")  # starts threads as they are needed
         self._jobs: dict[Future[None], list[Request]] = {}
 
-    def advance(self, tokens: list[tuple[Request, list[int]]]) -> None:
-        """Let each request's constraint take its newest tokens. Returns at once. What shares a lock is one
-        job."""
-        num_jobs = min(NUM_THREADS, -(-len(tokens) // ROWS_OF_A_JOB))
-        parts: list[list[tuple[Request, list[int]]]] = [[] for _ in range(num_jobs)]
-        for request, token_ids in tokens:
-            assert request.constraint is not None, "only requests with a constraint are handed over"
-            parts[request.constraint.lineage % num_jobs].append((request, token_ids))
-        for part in filter(None, parts):
-            self._jobs[self._executor.submit(_advance, part)] = [request for request, _ in part]
+    def advance(self, tokens: Sequence[_Tokens]) -> None:
+        """Let each request's constraint take its newest tokens. Returns at once."""
+        for job in _jobs(tokens):
+            self._jobs[self._executor.submit(_advance, job)] = [request for request, _ in job]
 
     def collect(self, timeout_s: float | None) -> list[Request]:
         """The requests whose constraints came up to date since the last call. Waits no longer for one; None:
@@ -131,10 +132,27 @@ class ConstraintThreads:
         return [request for job in ready for request in self._jobs.pop(job)]
 
 
-def _advance(tokens: list[tuple[Request, list[int]]]) -> None:
-    for request, token_ids in tokens:
-        assert request.constraint is not None, "only requests with a constraint are handed over"
-        request.constraint.advance(token_ids)
+def _jobs(tokens: Sequence[_Tokens]) -> Iterator[list[_Tokens]]:
+    """The quick ones in as many jobs as the last time has shown to be worth while, what shares a lock in one
+    of them; each slow one by itself."""
+    quick = [each for each in tokens if not _constraint(each).is_slow]
+    cost_s = sum(_constraint(each).cost_s for each in quick)
+    parts: list[list[_Tokens]] = [[] for _ in range(max(1, min(NUM_THREADS, int(cost_s / JOB_S))))]
+    for each in quick:
+        parts[_constraint(each).lineage % len(parts)].append(each)
+    yield from filter(None, parts)
+    yield from ([each] for each in tokens if _constraint(each).is_slow)
+
+
+def _advance(tokens: Sequence[_Tokens]) -> None:
+    for each in tokens:
+        _constraint(each).advance(each[1])
+
+
+def _constraint(tokens: _Tokens) -> Constraint:
+    constraint = tokens[0].constraint
+    assert constraint is not None, "only requests with a constraint are handed over"
+    return constraint
 
 
 def _allows(mask: bytes, token_id: int) -> bool:

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from queue import Empty, SimpleQueue
 from threading import Thread, stack_size
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from distllm.engine.tokenizers import Tokenizer
 from distllm.errors import RequestError
@@ -28,7 +28,9 @@ from distllm.runtime.structured.structured_outputs import StructuredOutputsParam
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-COMPILE_TIMEOUT_S = 5.0  # the first grammar of an engine waits for the vocabulary too
+COMPILE_TIMEOUT_S = 5.0
+Made = TypeVar("Made")
+
 MAX_CACHED = 64  # compiled grammars
 CHEAP_S = 0.05  # to compile: once for each thread
 
@@ -58,6 +60,7 @@ class Grammars:
         error = self._trial.check(field, source)
         if error:
             raise _refusal(field, error)
+        _within(COMPILE_TIMEOUT_S, field, lambda: self._tokenizer)  # once; no grammar's own cost
         return _Compiled(lambda: self._compile(field, source))
 
     def _compile(self, field: str, source: str) -> LLMatcher:
@@ -135,11 +138,11 @@ def _refusal(field: str, reason: str) -> RequestError:
     return RequestError(f"structured_outputs.{field} cannot be used: {reason}")
 
 
-def _within(timeout_s: float, field: str, work: Callable[[], LLMatcher]) -> LLMatcher:
+def _within(timeout_s: float, field: str, work: Callable[[], Made]) -> Made:
     """work() on another thread, which has more stack than the trial had. One that takes too long, which the
     trial makes unlikely, is left to itself.
     """
-    results: SimpleQueue[LLMatcher | Exception] = SimpleQueue()
+    results: SimpleQueue[Made | Exception] = SimpleQueue()
 
     def run() -> None:
         try:

@@ -18,7 +18,8 @@ import torch
 from distllm import RequestError, SamplingParams, StructuredOutputsParams
 from distllm.engine.tokenizers import load_tokenizer
 from distllm.runtime.sampling.token_masks import apply_masks
-from distllm.runtime.structured.constraint import NUM_THREADS, Constraint
+from distllm.runtime.structured import constraint as constraints
+from distllm.runtime.structured.constraint import JOB_S, NUM_THREADS, SLOW_S, Constraint
 from distllm.runtime.structured.grammars import Grammars
 from tests.tokenizers import KINDS, LOSSLESS
 
@@ -253,3 +254,31 @@ def test_threads_share_no_matcher(grammars: Grammars) -> None:
     made = grammars.constraints(StructuredOutputsParams(regex="[xyz]{7}"), 2 * NUM_THREADS, 0, [EOS])
     assert [constraint.lineage for constraint in made] == [*range(NUM_THREADS)] * 2
     assert all(constraint.mask == made[0].mask for constraint in made)
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ([], []),
+        ([0.0] * 5, [5]),  # nothing is known of them
+        ([JOB_S / 10] * 25, [13, 12]),
+        ([JOB_S] * 3 * NUM_THREADS, [3] * NUM_THREADS),
+        ([0.0, 2 * SLOW_S, 0.0, 3 * SLOW_S], [2, 1, 1]),  # who is slow holds up nobody else
+    ],
+)
+def test_jobs_of_the_threads(costs: list[float], expected: list[int]) -> None:
+    class Costly:
+        def __init__(self, number: int, cost_s: float) -> None:
+            self.lineage, self.cost_s, self.is_slow = number % NUM_THREADS, cost_s, cost_s > SLOW_S
+
+    class Asking:
+        def __init__(self, number: int, cost_s: float) -> None:
+            self.constraint = Costly(number, cost_s)
+
+    tokens: Any = [(Asking(number, cost_s), [1]) for number, cost_s in enumerate(costs)]
+    jobs = [*constraints._jobs(tokens)]
+    assert [len(job) for job in jobs] == expected
+    assert {id(each) for job in jobs for each in job} == {id(each) for each in tokens}
+    owners = {(each[0].constraint.lineage, number) for number, job in enumerate(jobs) for each in job}
+    if not any(each[0].constraint.is_slow for each in tokens):
+        assert len(owners) == len({lineage for lineage, _ in owners}), "a lock is shared by two jobs"
