@@ -157,6 +157,11 @@ class StepPlan:
         return places
 
 
+def mask_bytes(vocab_size: int) -> int:
+    """Of one mask in StepPlan.token_masks."""
+    return 4 * -(-vocab_size // 32)
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """Log-probabilities at one sampled position, before temperature and truncation."""

@@ -15,7 +15,7 @@ def to_device(
     memory that its allocator keeps until then.
     """
     if device.type != "cuda":
-        return torch.as_tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype)
     found = np.asarray(values)
     host = torch.empty(found.shape, dtype=dtype, pin_memory=True)
     host.numpy()[...] = found  # torch would wake all its threads for a megabyte

@@ -8,10 +8,10 @@ import torch
 
 from distllm.kernels import keep_typical, lowest_kept, sample_tokens, token_logprobs
 from distllm.parallel.vocab import VocabParallelHead
-from distllm.runtime.plan import RowSampling
+from distllm.runtime.plan import RowSampling, mask_bytes
 from distllm.runtime.sampling.controlled_rows import ControlledRows, History, LogitsProcessor
 from distllm.runtime.sampling.sampled import Logprobs, Sampled
-from distllm.runtime.sampling.token_masks import apply_masks, mask_bytes
+from distllm.runtime.sampling.token_masks import apply_masks
 from distllm.runtime.slots import SlotTables
 from distllm.runtime.staging import to_device
 

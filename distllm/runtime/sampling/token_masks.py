@@ -11,11 +11,6 @@ from distllm.kernels import mask_logits
 from distllm.runtime.staging import to_device
 
 
-def mask_bytes(vocab_size: int) -> int:
-    """Of a row's mask: whole int32 words."""
-    return 4 * -(-vocab_size // 32)
-
-
 def apply_masks(logits: torch.Tensor, slots: Sequence[int], masks: Mapping[int, bytes]) -> torch.Tensor:
     """logits [num_rows, vocab_size] of these slots, with −inf wherever a slot's mask has no bit; the input is
     kept. The rows of a slot are neighbours, as many as masks, StepPlan.token_masks, has for it. Does not wait
@@ -24,8 +19,7 @@ def apply_masks(logits: torch.Tensor, slots: Sequence[int], masks: Mapping[int, 
     masked = np.array([slot in masks for slot in slots])
     if not masked.any():
         return logits
-    # A bytearray: torch warns of memory that cannot be written.
-    packed = bytearray(b"".join(masks[slot] for slot in dict.fromkeys(slots) if slot in masks))
+    packed = b"".join(masks[slot] for slot in dict.fromkeys(slots) if slot in masks)
     numbers = np.where(masked, masked.cumsum() - 1, -1)
     return mask_logits(
         logits,

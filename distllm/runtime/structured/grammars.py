@@ -33,6 +33,9 @@ Made = TypeVar("Made")
 
 MAX_CACHED = 64  # compiled grammars
 CHEAP_S = 0.05  # to compile: once for each thread
+# Tokens that a mask takes or leaves together, where a grammar allows any of them: words. No longer ones: what
+# the library does to see that all are allowed is bounded.
+WORDS = ("[a-z]{1,8}", " [a-z]{1,8}", "[a-zA-Z]{1,8}", " [a-zA-Z]{1,8}")
 
 
 class Grammars:
@@ -54,7 +57,10 @@ class Grammars:
             raise RequestError("structured_outputs need an end-of-sequence token, and the model names none")
         compiled = self._compiled(*params.source())
         made = [compiled.copy() for _ in range(count)]
-        return [Constraint(matcher, lineage, min_tokens, stop_token_ids) for matcher, lineage in made]
+        return [
+            Constraint(matcher, self._vocab_size, lineage, min_tokens, stop_token_ids)
+            for matcher, lineage in made
+        ]
 
     def _try_and_compile(self, field: str, source: str) -> _Compiled:
         error = self._trial.check(field, source)
@@ -84,7 +90,8 @@ class Grammars:
 
         assert self._given is not None, "checked before"
         vocabulary = _Vocabulary(self._given, self._vocab_size, self._eos)
-        made = LLTokenizer(vocabulary, eos_token=self._eos)  # type: ignore[arg-type]
+        slices = [*WORDS, *LLTokenizer.general_slices()]
+        made = LLTokenizer(vocabulary, eos_token=self._eos, slices=slices)  # type: ignore[arg-type]
         vocabulary.greedy = made.greedy_tokenize
         return made
 

@@ -19,7 +19,13 @@ from distllm import RequestError, SamplingParams, StructuredOutputsParams
 from distllm.engine.tokenizers import load_tokenizer
 from distllm.runtime.sampling.token_masks import apply_masks
 from distllm.runtime.structured import constraint as constraints
-from distllm.runtime.structured.constraint import JOB_S, NUM_THREADS, SLOW_S, Constraint
+from distllm.runtime.structured.constraint import (
+    LIGHT_S,
+    NUM_THREADS,
+    SLOW_S,
+    Constraint,
+    ConstraintThreads,
+)
 from distllm.runtime.structured.grammars import Grammars
 from tests.tokenizers import KINDS, LOSSLESS
 
@@ -256,29 +262,76 @@ def test_threads_share_no_matcher(grammars: Grammars) -> None:
     assert all(constraint.mask == made[0].mask for constraint in made)
 
 
+def made_requests(grammars: Grammars, form: StructuredOutputsParams, count: int, min_tokens: int = 0) -> Any:
+    class Asking:
+        def __init__(self, constraint: Constraint) -> None:
+            self.constraint = constraint
+
+    return [Asking(each) for each in grammars.constraints(form, count, min_tokens, [EOS])]
+
+
 @pytest.mark.parametrize(
-    ("costs", "expected"),
-    [
-        ([], []),
-        ([0.0] * 5, [5]),  # nothing is known of them
-        ([JOB_S / 10] * 25, [13, 12]),
-        ([JOB_S] * 3 * NUM_THREADS, [3] * NUM_THREADS),
-        ([0.0, 2 * SLOW_S, 0.0, 3 * SLOW_S], [2, 1, 1]),  # who is slow holds up nobody else
-    ],
+    "form", [{"json_object": True}, {"regex": "[a-c ]{3,9}x?"}, {"choice": ["abc", "ab"]}]
 )
-def test_jobs_of_the_threads(costs: list[float], expected: list[int]) -> None:
+def test_masks_found_together_are_those_found_alone(grammars: Grammars, form: dict[str, Any]) -> None:
+    rng, threads = random.Random(1), ConstraintThreads()
+    together, alone = (made_requests(grammars, StructuredOutputsParams(**form), 5, 2) for _ in range(2))
+    for request in alone:
+        request.constraint.cost_s = 2 * LIGHT_S
+    steps = 0
+    while together:
+        assert [r.constraint.mask for r in together] == [r.constraint.mask for r in alone]
+        tokens = [[rng.choice(sorted(allowed(request.constraint)))] for request in together]
+        going = [number for number, (token_id,) in enumerate(tokens) if token_id != EOS and steps < 40]
+        together, alone = [together[n] for n in going], [alone[n] for n in going]
+        tokens, steps = [tokens[n] for n in going], steps + 1
+        threads.advance([*zip(together, tokens, strict=True), *zip(alone, tokens, strict=True)])
+        ready: list[Any] = []
+        while len(ready) < 2 * len(going):
+            ready += threads.collect(None)
+        assert set(ready) == {*together, *alone}
+        for request in alone:
+            request.constraint.cost_s = 2 * LIGHT_S
+    assert steps > 1
+
+
+def test_a_token_that_a_grammar_forbids_ends_its_request_alone(grammars: Grammars) -> None:
+    first, second = made_requests(grammars, StructuredOutputsParams(regex="[ab]{9}"), 2)
+    threads = ConstraintThreads()
+    threads.advance([(first, [ord("x")]), (second, [ord("a")])])
+    assert threads.collect(0) == [first, second]
+    assert "no token satisfies" in first.constraint.error and second.constraint.error is None
+
+
+def test_what_takes_long_together_is_timed_alone(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes back, or is left to itself."""
+    requests = made_requests(grammars, StructuredOutputsParams(regex="[ab]{9}"), 3)
+    threads, clock = ConstraintThreads(), iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: next(clock))
+        threads.advance([(request, [ord("a")]) for request in requests])
+    assert threads.collect(0) == requests and not any(r.constraint.is_light for r in requests)
+    threads.advance([(request, [ord("b")]) for request in requests])
+    found: list[Any] = []
+    while len(found) < 3:
+        found += threads.collect(None)
+    assert all(r.constraint.is_light for r in requests), "a mask of this grammar takes a few microseconds"
+
+
+def test_jobs_of_threads() -> None:
     class Costly:
         def __init__(self, number: int, cost_s: float) -> None:
-            self.lineage, self.cost_s, self.is_slow = number % NUM_THREADS, cost_s, cost_s > SLOW_S
+            self.lineage, self.is_slow = number % NUM_THREADS, cost_s > SLOW_S
 
     class Asking:
         def __init__(self, number: int, cost_s: float) -> None:
             self.constraint = Costly(number, cost_s)
 
+    costs = [SLOW_S] * NUM_THREADS + [2 * SLOW_S] * 3 + [SLOW_S] * 2 * NUM_THREADS
     tokens: Any = [(Asking(number, cost_s), [1]) for number, cost_s in enumerate(costs)]
-    jobs = [*constraints._jobs(tokens)]
-    assert [len(job) for job in jobs] == expected
+    jobs = constraints._jobs(tokens)
+    assert sorted(map(len, jobs)) == [1] * 3 + [3] * NUM_THREADS
     assert {id(each) for job in jobs for each in job} == {id(each) for each in tokens}
-    owners = {(each[0].constraint.lineage, number) for number, job in enumerate(jobs) for each in job}
-    if not any(each[0].constraint.is_slow for each in tokens):
-        assert len(owners) == len({lineage for lineage, _ in owners}), "a lock is shared by two jobs"
+    for job in jobs:
+        assert len({each[0].constraint.lineage for each in job}) == 1
+        assert len(job) == 1 or not any(each[0].constraint.is_slow for each in job)
