@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise, takewhile
 from typing import Generic, TypeVar
 
 import torch
@@ -34,8 +35,9 @@ PROMPT_TOKENS = (
     896,
     1024,
 )  # beyond, launches hide behind work
-VERIFY_ROWS = (1, 8, 64)  # of captured verifications; more rows decode as fast without
-VERIFY_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+VERIFY_ROWS = (1, 8, 64)  # of captured verifications, and then max_num_seqs
+VERIFY_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+FEW_TOKENS = 192  # fewer are computed in hardly less time
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,28 @@ class PromptShape:
     row_len: int = 0  # tokens of a row at most, if that is known
 
 
-def prompt_shape(max_tokens: int) -> PromptShape:
+def prompt_shape(max_tokens: int, context_len: int) -> PromptShape:
     """Of short prompts; max_tokens: of a step."""
-    return PromptShape(PROMPT_ROWS, tuple(size for size in PROMPT_TOKENS if size <= max_tokens), max_tokens)
+    sizes = tuple(size for size in PROMPT_TOKENS if size <= min(max_tokens, context_len))
+    return PromptShape(PROMPT_ROWS, sizes, max_tokens)
 
 
-def verification_shapes(row_len: int, max_num_seqs: int) -> list[PromptShape]:
-    """Of steps with up to row_len tokens a row, the smallest first: a token and its drafts. None for 0."""
+def verification_shapes(
+    row_len: int, max_num_seqs: int, max_tokens: int, context_len: int
+) -> list[PromptShape]:
+    """Of steps with up to row_len tokens a row, the smallest first: a token and its drafts. None for 0.
+    max_tokens: of a step; context_len: of a row, which the padding is, too.
+    """
     shapes = []
-    for num_rows in (rows for rows in VERIFY_ROWS if row_len and rows <= max_num_seqs):
-        most = -(-num_rows * row_len // 8) * 8
-        sizes = (*(size for size in VERIFY_TOKENS if num_rows < size < most), most)
-        shapes.append(PromptShape(num_rows, sizes, most, row_len))
+    every = sorted({rows for rows in VERIFY_ROWS if rows < max_num_seqs} | {max_num_seqs})
+    for num_rows in every if row_len else ():
+        most = min(-(-num_rows * row_len // 8) * 8, max_tokens)
+        fewest = min(num_rows, FEW_TOKENS)
+        sizes = [size for size in VERIFY_TOKENS if fewest < size < most]
+        if most <= VERIFY_TOKENS[-1]:
+            sizes.append(most)
+        close = takewhile(lambda pair: pair[1] - pair[0] <= context_len, pairwise((0, *sizes)))
+        shapes.append(PromptShape(num_rows, tuple(size for _, size in close), most, row_len))
     return shapes
 
 

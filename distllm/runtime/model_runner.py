@@ -61,6 +61,7 @@ class ModelRunner:
             self._sampler = Sampler(decoder.head, tables, processors)
         self._decodes: DecodeGraphs[_DecodeOutput] | None = None
         self._prompts: list[PromptGraphs[tuple[TokenBatch, torch.Tensor]]] = []
+        self._verified_len = 0  # tokens of a row that verifies at most, where verifications were rehearsed
         self._hidden_in: torch.Tensor | None = None  # where captured steps of later stages read
         self._in_flight: deque[SampledRows] = deque()  # first stage, pp > 1: sampled, not received
         self._unsampled: Callable[[], None] | None = None  # last stage: how the last step goes on
@@ -73,10 +74,10 @@ class ModelRunner:
         Collective: every rank of the engine.
         """
         padding_slot, max_num_seqs = self._tables.padding_slot, config.max_num_seqs
-        max_tokens = min(config.max_num_batched_tokens, config.context_len)
+        limits = config.max_num_batched_tokens, config.context_len
         row_len = 1 + config.speculation.num_speculative_tokens if config.speculation else 0
-        shapes = verification_shapes(row_len, max_num_seqs)  # first: they are the better ones where they fit
-        shapes.append(prompt_shape(max_tokens))
+        shapes = verification_shapes(row_len, max_num_seqs, *limits)  # first: the better ones where they fit
+        shapes.append(prompt_shape(*limits))
         if not self._layout.is_first_stage:
             rows = max(max_num_seqs, *(shape.longest for shape in shapes))
             self._hidden_in = self._kv_cache.new_empty(rows, self._decoder.spec.hidden_size)
@@ -90,12 +91,12 @@ class ModelRunner:
                 graphs.rehearse()
             decodes.rehearse()
             if self._layout.is_last_stage:
-                self._sampler.rehearse(self._kv_cache.new_zeros(2, self._decoder.spec.hidden_size))
+                self._sampler.rehearse(self._kv_cache.new_zeros(4, self._decoder.spec.hidden_size))
         pool = torch.cuda.graph_pool_handle()
         for graphs in prompts:
             graphs.capture(pool)
         decodes.capture(pool)
-        self._prompts, self._decodes = prompts, decodes
+        self._prompts, self._decodes, self._verified_len = prompts, decodes, row_len
 
     def release(self) -> None:
         """Forget the captured steps. Before the communicators close: NCCL waits until no graph holds them."""
@@ -157,12 +158,15 @@ class ModelRunner:
         padding.
         """
         hidden = self._receive_hidden(plan)
-        size = plan.num_rows, plan.num_tokens, max((row.num_tokens for row in plan.prefills), default=1)
-        fitting = [each for each in self._prompts if each.fits(*size)]
+        row_len = max((row.num_tokens for row in plan.prefills), default=1)
+        fitting = [each for each in self._prompts if each.fits(plan.num_rows, plan.num_tokens, row_len)]
         if not fitting:
             slots = to_device(plan.slots, torch.int64, self._device)
             cu_seqlens = to_device(plan.cu_seqlens, torch.int32, self._device)
-            return self._forward(slots, cu_seqlens, plan.num_tokens, len(plan.decode_slots), hidden)
+            rows = slots, cu_seqlens, plan.num_tokens
+            if row_len <= self._verified_len:  # as rehearsed
+                return self._forward(*rows, plan.num_rows, hidden, self._verified_len)
+            return self._forward(*rows, len(plan.decode_slots), hidden)
         if hidden is not None and self._hidden_in is not None:
             self._hidden_in[: plan.num_tokens] = hidden
         batch, hidden = fitting[0].replay(plan.slots, plan.cu_seqlens)

@@ -9,6 +9,7 @@ request: a slot's owner is the scheduler's business.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from distllm.runtime.staging import to_device
 _LONGS = ("seed", "top_k", "num_prompt")  # int64: two words each
 _FLOATS = ("temperature", "top_p", "min_p")
 
-_Run = tuple[int, np.ndarray]  # a word of the memory, and what it and those behind it become
+_Part = tuple[int, int]  # of the memory: its first word, and words of a row
+_Run = tuple[int, Sequence[int]]  # a word of the memory, and what it and those behind it become
 
 
 class SlotTables:
@@ -34,6 +36,9 @@ class SlotTables:
         self.block_size = block_size
         self.device = device
         widths = [2 * len(_LONGS), len(_FLOATS), 1, max_model_len, max_blocks]  # words of a row
+        ends = accumulate(rows * width for width in widths)
+        parts: list[_Part] = [(end - rows * width, width) for end, width in zip(ends, widths, strict=True)]
+        self._long_part, self._float_part, self._computed_part, self._token_part, self._block_part = parts
         self._words = torch.zeros(rows * sum(widths), dtype=torch.int32, device=device)
         longs, floats, num_computed, token_ids, block_table = (
             part.view(rows, -1) for part in self._words.split([rows * width for width in widths])
@@ -74,11 +79,13 @@ class SlotTables:
         self.token_masks = plan.token_masks
         runs = [run for row in plan.new_rows for run in self._init_row(row)]
         runs += [run for row in plan.row_updates for run in self._update_row(row)]
-        runs += [self._run(self.block_table, u.slot, u.start, u.block_ids) for u in plan.block_updates]
+        runs += [_run(self._block_part, u.slot, u.start, u.block_ids) for u in plan.block_updates]
         if not runs:
             return
-        index = np.concatenate([np.arange(start, start + len(words)) for start, words in runs])
-        values = np.concatenate([words for _, words in runs])
+        firsts, counts = np.array([(first, len(words)) for first, words in runs]).T
+        ends = counts.cumsum()
+        index = np.arange(ends[-1]) + np.repeat(firsts - ends + counts, counts)
+        values = np.fromiter(chain.from_iterable(words for _, words in runs), np.int64, len(index))
         changes = to_device(np.stack([index, values]), torch.int64, self.device)
         self._words[changes[0]] = changes[1].int()
 
@@ -88,19 +95,20 @@ class SlotTables:
         longs = np.array([sampling.seed, sampling.top_k, row.num_prompt_tokens], dtype=np.int64)
         floats = np.array([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32)
         return [
-            self._run(self._longs, row.slot, 0, longs.view(np.int32)),
-            self._run(self._floats, row.slot, 0, floats.view(np.int32)),
-            self._run(self.num_computed, row.slot, 0, [row.num_computed_tokens]),
-            self._run(self.token_ids, row.slot, 0, row.token_ids),
+            _run(self._long_part, row.slot, 0, longs.view(np.int32).tolist()),
+            _run(self._float_part, row.slot, 0, floats.view(np.int32).tolist()),
+            _run(self._computed_part, row.slot, 0, (row.num_computed_tokens,)),
+            _run(self._token_part, row.slot, 0, row.token_ids),
         ]
 
     def _update_row(self, row: RowUpdate) -> list[_Run]:
         return [
-            self._run(self.num_computed, row.slot, 0, [row.num_computed_tokens]),
-            self._run(self.token_ids, row.slot, row.start, row.token_ids),
+            _run(self._computed_part, row.slot, 0, (row.num_computed_tokens,)),
+            _run(self._token_part, row.slot, row.start, row.token_ids),
         ]
 
-    def _run(self, table: torch.Tensor, slot: int, column: int, values: Sequence[int] | np.ndarray) -> _Run:
-        """table[slot, column : column + len(values)] = values, as words."""
-        first_byte = table.data_ptr() - self._words.data_ptr() + slot * table.stride(0) * table.itemsize
-        return first_byte // 4 + column, np.asarray(values, dtype=np.int32)
+
+def _run(part: _Part, slot: int, column: int, values: Sequence[int]) -> _Run:
+    """From this column of the slot's row on."""
+    first, width = part
+    return first + slot * width + column, values

@@ -64,20 +64,23 @@ class Sampler:
         return Logprobs(torch.cat(values), torch.cat(top_ids))
 
     def rehearse(self, hidden: torch.Tensor) -> None:
-        """Run the kernels of rows that are not plain, on any hidden states [n, hidden_size]: no request is to
+        """Run the kernels of rows that are not plain, on any hidden states [4, hidden_size]: no request is to
         wait until they are compiled.
 
         Collective: every rank of tp.
         """
         logits = self._head.gather(self._head(hidden))
-        first = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        p = self._tables.parameters(first)
-        for each in (logits, logits.float()):  # behind controls they are fp32
-            lowest = lowest_kept(each, p["temperature"], p["top_k"], p["top_p"], p["min_p"])
-            for border in (None, lowest):
-                sample_tokens(each, p["temperature"], p["seed"], first, border)
-        token_logprobs(logits, first, 1)
-        apply_masks(logits, [0] * len(hidden), {0: bytes(len(hidden) * mask_bytes(logits.shape[1]))})
+        zeros = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        for num_rows in (1, 2, 4):  # by which parameters are aligned to 4, 8 or 16 bytes
+            first = zeros[:num_rows]
+            p = self._tables.parameters(first)
+            for each in (logits[:num_rows], logits[:num_rows].float()):  # behind controls they are fp32
+                lowest = lowest_kept(each, p["temperature"], p["top_k"], p["top_p"], p["min_p"])
+                for border in (None, lowest):
+                    sample_tokens(each, p["temperature"], p["seed"], first, border)
+        token_logprobs(logits, zeros, 1)
+        num_rows = len(hidden)
+        apply_masks(logits, [0] * num_rows, {0: bytes(num_rows * mask_bytes(logits.shape[1]))})
 
     def sample_plain(self, shard: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As sample(), of plain rows: [n] int64. Decides nothing on the host, so it can be captured."""

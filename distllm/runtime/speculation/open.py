@@ -83,7 +83,9 @@ def open_speculation(
         proposer = CustomProposer(wanted.proposer, vocab_size)
     else:
         proposer = _draft_proposer(config, control, *draft_runners)
-    return Speculation(proposer, wanted.num_speculative_tokens, SpeculationSwitch())
+    num_stages = config.pipeline_parallel_size
+    switch = SpeculationSwitch(cycle=num_stages + 1)
+    return Speculation(proposer, wanted.num_speculative_tokens, switch, together=num_stages == 1)
 
 
 def _draft_proposer(config: EngineConfig, control: Control, runner: ModelRunner) -> DraftProposer:

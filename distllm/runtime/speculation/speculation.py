@@ -33,12 +33,18 @@ class SpeculationStats:
 
 
 class Speculation:
-    def __init__(self, proposer: Proposer, num_tokens: int, switch: SpeculationSwitch) -> None:
-        """num_tokens: drafts of a request in a step at most."""
+    def __init__(
+        self, proposer: Proposer, num_tokens: int, switch: SpeculationSwitch, together: bool = False
+    ) -> None:
+        """num_tokens: drafts of a request in a step at most. together: no request is verified while others
+        are: without a pipeline two verifications take twice as long as one of all.
+        """
         self.stats = SpeculationStats()
         self.switch = switch
         self._proposer = proposer
         self._num_tokens = num_tokens
+        self._together = together
+        self._num_verifying = 0  # requests
         self._pays = True
 
     def choose(self, requests: list[Request], num_rows: int) -> list[Request]:
@@ -48,7 +54,8 @@ class Speculation:
         self._pays = self.switch.decide(num_rows)
         if not self._pays:
             return requests
-        return [request for request in requests if request.drafting is None or request.is_known]
+        waits = self._together and self._num_verifying
+        return [r for r in requests if r.drafting is None or (r.is_known and not waits)]
 
     def num_wanted(self, request: Request) -> int:
         """How many drafts the request should get. So few that even if all are right it does not end: an end
@@ -73,6 +80,7 @@ class Speculation:
                 token_ids, masks[request.slot] = request.constraint.look_ahead(token_ids)
             if token_ids:
                 drafts[request] = token_ids
+        self._num_verifying += len(drafts)
         return drafts
 
     def end(self, request: Request) -> bool:
@@ -80,6 +88,7 @@ class Speculation:
         drafting = request.drafting
         assert drafting is not None, "nothing was drafted"
         num_drafts, num_right = len(drafting.token_ids), drafting.num_right
+        self._num_verifying -= 1
         self.stats.num_verifications += 1
         self.stats.num_draft_tokens += num_drafts
         self.stats.num_accepted_tokens += num_right

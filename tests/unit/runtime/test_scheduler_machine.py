@@ -234,7 +234,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, num_drafts: int, seed: int, **limits: int) -> None:
         self.config = SchedulerConfig(max_model_len=40, **limits)  # type: ignore[arg-type]
         guesses, self.num_drafts = Guesses(seed), num_drafts
-        self.speculation = Speculation(guesses, num_drafts, guesses)  # type: ignore[arg-type]
+        together, self.last_verified = self.config.depth == 1, -1
+        self.speculation = Speculation(guesses, num_drafts, guesses, together)  # type: ignore[arg-type]
         self.scheduler = Scheduler(self.config, self.speculation if num_drafts else None)
         self.device = Device(self.config)
         self.expected: dict[Request, Expectation] = {}
@@ -354,6 +355,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._check_digests()
         for r in self.expected:
             assert r.num_planned_tokens <= r.num_prompt_tokens + r.max_tokens, "a token that cannot be kept"
+        if any(row.num_drafts for row in plan.prefills):
+            apart = self.config.depth > 1 or plan.step > self.last_verified + 1
+            assert apart, "some are verified while others are"
+            self.last_verified = plan.step
         SEEN["steps"] += plan.num_rows > 0
         SEEN["idle"] += plan.num_rows == 0
         SEEN["copies"] += len(plan.block_copies)

@@ -53,7 +53,8 @@ def test_it_follows_a_text_that_changes() -> None:
 
 def test_rows_that_are_guessed_badly_count() -> None:
     """One of two rows gets 5 tokens a step, the other one; on the whole 3, but a user waits for each."""
-    switch, now, on = SpeculationSwitch(lambda: now), 0.0, 0
+    now, on = 0.0, 0
+    switch = SpeculationSwitch(lambda: now)
     for step in range(3000):
         way = switch.decide(2)
         now += 0.010 if way else 0.005
