@@ -248,6 +248,8 @@ class LLM:
         """Free the communicators. Collective; calling it twice is harmless. After an interruption it only
         forgets.
         """
+        if self.is_root:
+            self._admission.grammars.close()
         if not self._closed and not self._in_use:
             for runner in self._runners:
                 runner.release()
@@ -322,6 +324,7 @@ class LLM:
             list(self._processors),
             self.config.speculation,
         )
+        self._admission.grammars.start()
 
     def _start_coordinator(self, source: WeightSource, num_blocks: int) -> None:
         config = self.config
