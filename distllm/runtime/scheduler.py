@@ -34,7 +34,8 @@ __all__ = ["AcceptedToken", "Scheduler", "SchedulerConfig", "ScoredPrompt"]
 
 
 NEVER = maxsize  # as a ready_step
-AcceptedToken = tuple[Request, int, TokenLogprobs | None]  # a plain tuple: hundreds are made in a step
+# A plain tuple: hundreds are made in a step. Without a token: the request has ended by an error instead.
+AcceptedToken = tuple[Request, int | None, TokenLogprobs | None]
 ScoredPrompt = tuple[Request, int, list[TokenLogprobs]]  # of its tokens from this position on
 
 
@@ -434,7 +435,7 @@ class Scheduler:
         assert step + self.config.depth <= self.step, f"tokens of step {step} are not on the first stage yet"
         running = RequestStatus.RUNNING
         logprobs = result.logprobs or [None] * len(requests)
-        for entry in zip(requests, result.token_ids, logprobs, strict=True):
+        for number, entry in enumerate(zip(requests, result.token_ids, logprobs, strict=True)):
             request = entry[0]
             request.num_pending -= 1
             wanted = request.status is running or self._wants_late_token(request)
@@ -442,7 +443,10 @@ class Scheduler:
                 wanted = self._take_verified(request, request.drafting) and wanted
             if not wanted:
                 continue
-            if request.group is not None:
+            if number in result.errors:
+                self.finish(request, "error", result.errors[number])
+                yield request, None, None
+            elif request.group is not None:
                 self._take_beam(request, request.group, entry[2])
             else:
                 self._append(request, entry[1])
