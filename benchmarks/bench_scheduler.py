@@ -60,6 +60,7 @@ def deliver(tokens: Sequence[AcceptedToken], owner: Owner) -> list[Generation]:
     changed: dict[Generation, None] = {}
     for request, token_id, logprobs in tokens:
         generation = owner[request]
+        assert token_id is not None, "no processor can fail here"
         assert generation.add_token(request, token_id, logprobs) is None
         changed[generation] = None
     return list(changed)

@@ -72,7 +72,7 @@ class Admission:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos = tuple(eos_token_ids)
-        self._grammars = Grammars(tokenizer, vocab_size, self._eos)
+        self.grammars = Grammars(tokenizer, vocab_size, self._eos)
         self._random = random.Random(seed)
         self._count = 0
 
@@ -186,7 +186,7 @@ class Admission:
         form = params.structured_outputs
         if form is None:
             return [None] * params.n
-        return self._grammars.constraints(form, params.n, params.min_tokens, sorted(stops))
+        return self.grammars.constraints(form, params.n, params.min_tokens, sorted(stops))
 
     def _row_sampling(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from distllm.runtime.block_manager import BlockManager, extend_digests
+from distllm.runtime.plan import BlockUpdate
 from distllm.runtime.request import Request, RequestStatus
 
 
@@ -51,14 +52,14 @@ class BlockTables:
     def has_room(self, num_blocks: int) -> bool:
         return self.blocks.can_allocate(num_blocks)
 
-    def append(self, request: Request) -> int:
-        """Append one block and return it; has_room(1) must hold. Those before it are full: the prefix cache
-        may know them."""
+    def append(self, request: Request) -> BlockUpdate:
+        """Append one block, of which the ranks are to be told; has_room(1) must hold. Those before it are
+        full: the prefix cache may know them."""
         self.register(request)
         block = self.blocks.take()
         request.block_ids.append(block)
         request.capacity += self.blocks.block_size
-        return block
+        return BlockUpdate(request.slot, len(request.block_ids) - 1, (block,))
 
     def close(self, request: Request) -> None:
         """Give the blocks back. At once: steps run in order, so the next owner writes after the last read."""

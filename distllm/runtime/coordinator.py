@@ -150,10 +150,12 @@ class Coordinator:
         constrained: dict[Request, list[int]] = {}
         for request, token_id, logprobs in tokens:
             generation = owner[request]
+            changed[generation] = None
+            if token_id is None:
+                continue
             stop = generation.add_token(request, token_id, logprobs)
             if stop is not None:
                 self._scheduler.finish(request, "stop", stop)
-            changed[generation] = None
             if request.constraint is not None and request.finish_reason is None:
                 constrained.setdefault(request, []).append(token_id)
         self._constraints.advance([each for each in constrained.items() if each[0].finish_reason is None])

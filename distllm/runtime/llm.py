@@ -37,7 +37,7 @@ from distllm.runtime.generation import Generation
 from distllm.runtime.kv_memory import kv_block_count
 from distllm.runtime.loaded_model import LoadedModel
 from distllm.runtime.outputs import BeamSearchOutput, RequestOutput, ScoreOutput, score_output
-from distllm.runtime.sampling.controlled_rows import LogitsProcessor
+from distllm.runtime.sampling.logits_processors import LogitsProcessor, NamedProcessor
 from distllm.runtime.sampling.sampling_params import (
     GENERATION_FIELDS,
     SamplingParams,
@@ -85,7 +85,7 @@ class LLM:
         """model: "demo", a Hugging Face folder or an engine folder. options: the other fields of
         EngineConfig. progress: called with (bytes loaded, bytes in all) of this rank as weights are read.
         logits_processors: Python that requests name in SamplingParams, the same on every rank; the steps of
-        such a request wait for the device.
+        such a request wait for the device, and what goes wrong in one ends that request alone.
 
         Raises UserError, the same on every rank, for whatever cannot work.
         """
@@ -248,6 +248,8 @@ class LLM:
         """Free the communicators. Collective; calling it twice is harmless. After an interruption it only
         forgets.
         """
+        if self.is_root:
+            self._admission.grammars.close()
         if not self._closed and not self._in_use:
             for runner in self._runners:
                 runner.release()
@@ -296,7 +298,7 @@ class LLM:
         models = [model] if draft is None else [model, draft]
         block_bytes = sum(each.block_bytes(config.block_size) for each in models)
         num_blocks = kv_block_count(config, spec, block_bytes, control, device)
-        processors = list(self._processors.values())
+        processors = [NamedProcessor(*item) for item in self._processors.items()]
         self._runners = [each.start(config, num_blocks, processors) for each in models]
         return num_blocks
 
@@ -322,6 +324,7 @@ class LLM:
             list(self._processors),
             self.config.speculation,
         )
+        self._admission.grammars.start()
 
     def _start_coordinator(self, source: WeightSource, num_blocks: int) -> None:
         config = self.config

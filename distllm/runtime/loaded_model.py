@@ -17,7 +17,7 @@ from distllm.models.shards import shard_table
 from distllm.parallel.layout import RankLayout
 from distllm.runtime.kv_memory import allocate_kv_cache
 from distllm.runtime.model_runner import ModelRunner
-from distllm.runtime.sampling.controlled_rows import LogitsProcessor
+from distllm.runtime.sampling.logits_processors import NamedProcessor
 from distllm.runtime.slots import SlotTables
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class LoadedModel:
         return math.prod(self.decoder.kv_cache_shape(1, block_size)) * self.dtype.itemsize
 
     def start(
-        self, config: EngineConfig, num_blocks: int, processors: Sequence[LogitsProcessor]
+        self, config: EngineConfig, num_blocks: int, processors: Sequence[NamedProcessor]
     ) -> ModelRunner:
         """Allocate what it works with, and capture its steps on a GPU.
 

@@ -24,7 +24,7 @@ from distllm.models.decoder import Decoder
 from distllm.parallel.layout import RankLayout
 from distllm.runtime.cuda_graphs import DecodeGraphs, PromptGraphs, prompt_shape, verification_shapes
 from distllm.runtime.plan import StepPlan, StepResult, TokenLogprobs
-from distllm.runtime.sampling.controlled_rows import LogitsProcessor
+from distllm.runtime.sampling.logits_processors import NamedProcessor, errors_of
 from distllm.runtime.sampling.sampled import Logprobs, Sampled, SampledRows
 from distllm.runtime.sampling.sampler import Sampler, num_top_logprobs
 from distllm.runtime.slots import SlotTables
@@ -48,7 +48,7 @@ class ModelRunner:
         channels: Channels,
         tables: SlotTables,
         kv_cache: torch.Tensor,
-        processors: Sequence[LogitsProcessor] = (),
+        processors: Sequence[NamedProcessor] = (),
     ) -> None:
         """kv_cache: [layers of this stage, 2, num_blocks, block_size, KV heads of this rank, head_dim]."""
         self._decoder = decoder
@@ -142,7 +142,9 @@ class ModelRunner:
         sampled = Sampled.of_parts(rows, copy.wait())
         logprobs = self._limited(rows, sampled.logprobs) if sampled.logprobs else None
         scores = sampled.scores.tolist() if sampled.scores else []
-        return StepResult(step, sampled.token_ids.tolist(), logprobs, scores)
+        texts = errors_of(sampled.errors) if sampled.errors is not None else []
+        errors = {entry: text for entry, text in zip(rows.processed, texts, strict=True) if text}
+        return StepResult(step, sampled.token_ids.tolist(), logprobs, scores, errors)
 
     def _run_rows(self, plan: StepPlan) -> None:
         if self._decodes is not None and not plan.prefills:
@@ -241,10 +243,15 @@ class ModelRunner:
 
     def _sampled_rows(self, plan: StepPlan, positions: torch.Tensor) -> SampledRows:
         slots, scored = plan.sampled_slots, [row for _, row in plan.scored_rows]
-        num_top = num_top_logprobs(self._tables.special_rows(slots))
+        special = self._tables.special_rows(slots)
+        num_top, processed = num_top_logprobs(special), []
+        if any(row.is_processed for row in special):
+            sampling = self._tables.sampling
+            processed = [entry for entry, slot in enumerate(slots) if sampling[slot].is_processed]
         asked = [self._tables.sampling[row.slot].num_prompt_logprobs for row in scored]
         num_scored = sum(row.num_scored for row in scored)
-        return SampledRows(plan.step, slots, positions, num_top, num_scored, max(asked, default=-1))
+        prompt_top = max(asked, default=-1)
+        return SampledRows(plan.step, slots, positions, num_top, num_scored, prompt_top, tuple(processed))
 
     def _receive_hidden(self, plan: StepPlan) -> torch.Tensor | None:
         if self._layout.is_first_stage:

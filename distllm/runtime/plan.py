@@ -35,6 +35,11 @@ class RowSampling:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
+    def is_processed(self) -> bool:
+        """By a user's own processors, which may fail."""
+        return self.controls is not None and bool(self.controls.processors)
+
+    @property
     def is_plain(self) -> bool:
         """Greedy or tempered, and nothing more: what a captured step can sample."""
         changed = self.truncates or self.typical_p < 1 or self.controls is not None
@@ -184,3 +189,4 @@ class StepResult:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None  # None when no row of the step asked
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # plan.scored_rows, one after another
+    errors: dict[int, str] = field(default_factory=dict)  # entry → why its token does not count

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from sys import maxsize
 from typing import TYPE_CHECKING
 
-from distllm.runtime.plan import RowSampling
+from distllm.runtime.plan import RowInit, RowSampling
 
 if TYPE_CHECKING:
     from distllm.runtime.beams.beam_rows import BeamRows
     from distllm.runtime.speculation.drafting import Drafting
     from distllm.runtime.structured.constraint import Constraint
+
+NEVER = maxsize  # as a ready_step
 
 
 class RequestStatus(Enum):
@@ -83,6 +86,12 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
+    def row_init(self) -> RowInit:
+        """What the ranks are told where it enters its slot."""
+        num_prompt, num_computed = self.num_prompt_tokens, self.num_computed_tokens
+        return RowInit(self.slot, tuple(self.token_ids), num_prompt, num_computed, self.sampling)
 
     @property
     def is_known(self) -> bool:

@@ -8,33 +8,31 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
-from sys import maxsize
 
-from distllm.runtime.beams.beam_rows import BeamRows, common_length
+from distllm.runtime.beams.beam_rows import BeamRows
+from distllm.runtime.beams.branching import Branching
 from distllm.runtime.block_tables import BlockTables
 from distllm.runtime.plan import (
     BlockUpdate,
     PrefillRow,
-    RowInit,
-    RowUpdate,
     StepPlan,
     StepResult,
     TokenLogprobs,
 )
-from distllm.runtime.request import Request, RequestStatus
+from distllm.runtime.request import NEVER, Request, RequestStatus
 from distllm.runtime.running import BY_ORDER, BY_SLOT, Running
 from distllm.runtime.scheduler_config import SchedulerConfig
-from distllm.runtime.speculation.drafting import Drafting
 from distllm.runtime.speculation.speculation import Speculation
+from distllm.runtime.speculation.verification import Verification
 
 __all__ = ["AcceptedToken", "Scheduler", "SchedulerConfig", "ScoredPrompt"]
 
 
-NEVER = maxsize  # as a ready_step
-AcceptedToken = tuple[Request, int, TokenLogprobs | None]  # a plain tuple: hundreds are made in a step
+# A plain tuple: hundreds are made in a step. Without a token: the request has ended by an error instead.
+AcceptedToken = tuple[Request, int | None, TokenLogprobs | None]
 ScoredPrompt = tuple[Request, int, list[TokenLogprobs]]  # of its tokens from this position on
 
 
@@ -54,14 +52,13 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, speculation: Speculation | None = None) -> None:
         self.config = config
-        self._speculation = speculation
-        self._rolled_back: dict[Request, int] = {}  # of these the ranks believe that more tokens are right
         self._tables = BlockTables(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self.step = 0  # the next to be planned
         self._num_arrivals = 0
         self._waiting: list[Request] = []  # by Request.order
         self._running = Running(config.max_num_seqs)
-        self._branching: list[BeamRows] = []  # running, decided, and waiting for blocks
+        self._branching = Branching(self._tables, self._running)
+        self._verification = Verification(speculation, self._tables) if speculation else None
         self._outstanding: deque[_Outstanding] = deque()
         self._scored: list[tuple[Request, int, int]] = []  # of the step that is being planned
         self.awaiting: list[Request] = []  # whose masks the last plan awaits
@@ -88,8 +85,8 @@ class Scheduler:
     def abort(self, request: Request) -> None:
         """End a request, added or not, wherever it stands, with those that it is together with. One that has
         finished stays as it is."""
-        if request.group in self._branching:
-            self._branching.remove(request.group)
+        if request.group is not None:
+            self._branching.forget(request.group)
         for row in request.together:
             if row.status is not RequestStatus.FINISHED:
                 self.finish(row, "abort")
@@ -108,14 +105,13 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step: decodes, then running prefills, then admissions. It may turn out empty."""
         plan, self._scored = StepPlan(self.step), []
-        branched = self._branch_beams(plan)
+        branched = self._branching.carry_out(plan, self._try_make_room)
         budget = self._schedule_decodes(plan, self.config.max_num_batched_tokens, branched)
-        self._roll_back(plan)
         num_verified = len(plan.prefills)
         budget = self._schedule_prefills(plan, budget)
         self._admit_waiting(plan, budget)
-        if self._speculation is not None and len(plan.prefills) > num_verified:
-            self._speculation.switch.disturb()
+        if self._verification is not None and len(plan.prefills) > num_verified:
+            self._verification.speculation.switch.disturb()
         sampled = [self._running.by_slot[slot] for slot in plan.sampled_slots]
         self._constrain(plan, sampled)
         self._outstanding.append(_Outstanding(plan.step, sampled, self._scored))
@@ -145,101 +141,24 @@ class Scheduler:
                 self.awaiting.append(request)
         plan.awaits_masks = bool(self.awaiting)
 
-    def _branch_beams(self, plan: StepPlan) -> set[Request]:
-        """Carry out what beam searches have decided, in order, as far as there are blocks; their rows then
-        decode. Returns these rows: in this step nobody may preempt them."""
-        branched: set[Request] = set()
-        for group in sorted(self._branching, key=lambda group: group.requests[0].order):
-            if group in self._branching and self._try_branch(plan, group):
-                branched.update(group.requests)
-        return branched
-
-    def _try_branch(self, plan: StepPlan, group: BeamRows) -> bool:
-        rows, parents = group.requests, group.parents
-        for number in set(range(len(rows))).difference(parents):
-            self._tables.release(rows[number])
-        if not self._try_make_room(rows[-1], self._tables.num_to_branch(rows, parents), set()):
-            return False
-        self._branching.remove(group)
-        tables = [row.block_ids.copy() for row in rows]
-        plan.block_copies += self._tables.branch(rows, parents)
-        for row, start, table in zip(rows, group.take_over(), tables, strict=True):
-            self._update_row(plan, row, start, common_length(table, row.block_ids))
-            row.ready_step = self.step
-            self._running.decode(row)
-        return True
-
-    def _update_row(self, plan: StepPlan, row: Request, first_token: int, first_block: int) -> None:
-        """Tell the ranks what a row holds from these places on."""
-        tokens, blocks = tuple(row.token_ids[first_token:]), tuple(row.block_ids[first_block:])
-        if first_token:
-            plan.row_updates.append(RowUpdate(row.slot, first_token, tokens, row.num_computed_tokens))
-        else:
-            num_prompt, num_computed = row.num_prompt_tokens, row.num_computed_tokens
-            plan.new_rows.append(RowInit(row.slot, tokens, num_prompt, num_computed, row.sampling))
-        if blocks:
-            plan.block_updates.append(BlockUpdate(row.slot, first_block, blocks))
-
     def _schedule_decodes(self, plan: StepPlan, budget: int, branched: set[Request]) -> int:
         """One token each, or drafts besides; at most a depth-th of all decodes: the stages' microbatches stay
         balanced."""
         decodes = self._running.decodes
         limit = min(budget, -(-len(decodes) // self.config.depth))
         ready = [request for request in decodes if request.ready_step <= self.step]
-        if self._speculation is not None:
-            ready = self._speculation.choose(ready, len(decodes))
+        if self._verification is not None:
+            ready = self._verification.speculation.choose(ready, len(decodes))
         growing = [request for request in ready if request.num_computed_tokens == request.capacity]
         if len(ready) > limit or not self._tables.has_room(len(growing)):
             ready = self._choose_decodes(plan, ready, limit, branched)
         else:  # everybody runs, as nearly always: no need to ask who goes first
-            for request in growing:
-                self._grow(plan, request)
-        if self._speculation is None:
-            self._advance_decodes(plan, ready)
-            return budget - len(ready)
+            plan.block_updates += map(self._tables.append, growing)
         budget -= len(ready)
-        wanted = self._wanted_drafts(self._speculation, plan, ready, budget)
-        drafts = self._speculation.propose(wanted, plan.token_masks)
-        self._advance_decodes(plan, [request for request in ready if request not in drafts])
-        for request, token_ids in drafts.items():
-            budget -= self._verify(plan, request, token_ids)
+        if self._verification is not None:
+            ready, budget = self._verification.schedule(plan, ready, budget)
+        self._advance_decodes(plan, ready)
         return budget
-
-    def _wanted_drafts(
-        self, speculation: Speculation, plan: StepPlan, requests: list[Request], budget: int
-    ) -> dict[Request, int]:
-        """How many each request can have; blocks are taken for them as far as some are free."""
-        wanted: dict[Request, int] = {}
-        for request in requests:
-            end = len(request.token_ids) + min(budget, speculation.num_wanted(request))
-            while request.capacity < end and self._tables.has_room(1):
-                self._grow(plan, request)
-            count = min(end, request.capacity) - len(request.token_ids)
-            if count > 0:
-                wanted[request] = count
-                budget -= count
-        return wanted
-
-    def _verify(self, plan: StepPlan, request: Request, drafts: tuple[int, ...]) -> int:
-        """Run the newest token and drafts behind it; return how many those are. Until it is known which are
-        right the request does not run again."""
-        assert request.drafting is not None, "it asked for drafts"
-        start, num_drafts = len(request.token_ids), len(drafts)
-        request.drafting.begin(start, drafts)
-        plan.row_updates.append(RowUpdate(request.slot, start, drafts, request.num_computed_tokens))
-        plan.prefills.append(PrefillRow(request.slot, 1 + num_drafts, True, num_drafts=num_drafts))
-        request.num_computed_tokens += 1 + num_drafts
-        request.num_pending += 1 + num_drafts
-        request.ready_step = NEVER
-        self._rolled_back.pop(request, None)
-        return num_drafts
-
-    def _roll_back(self, plan: StepPlan) -> None:
-        """Tell the ranks how much of these requests is right."""
-        for request, num_computed in self._rolled_back.items():
-            if request.status is RequestStatus.RUNNING:
-                plan.row_updates.append(RowUpdate(request.slot, num_computed, (), num_computed))
-        self._rolled_back.clear()
 
     def _choose_decodes(
         self, plan: StepPlan, ready: list[Request], limit: int, branched: set[Request]
@@ -357,13 +276,11 @@ class Scheduler:
         return leader.num_computed_tokens - in_this_step < leader.num_prompt_tokens
 
     def _enter(self, plan: StepPlan, request: Request) -> None:
-        num_computed = request.num_computed_tokens
         if request.status is RequestStatus.WAITING:
-            request.num_cached_tokens = num_computed
+            request.num_cached_tokens = request.num_computed_tokens
         request.status = RequestStatus.RUNNING
         slot = self._running.enter(request)
-        num_prompt, token_ids = request.num_prompt_tokens, tuple(request.token_ids)
-        plan.new_rows.append(RowInit(slot, token_ids, num_prompt, num_computed, request.sampling))
+        plan.new_rows.append(request.row_init)
         plan.block_updates.append(BlockUpdate(slot, 0, tuple(request.block_ids)))
 
     def _try_grow(self, plan: StepPlan, request: Request, chosen: set[Request]) -> bool:
@@ -372,10 +289,10 @@ class Scheduler:
             return True
         if not self._try_make_room(request, 1, chosen):
             return False
-        self._grow(plan, request)
+        plan.block_updates.append(self._tables.append(request))
         return True
 
-    def _try_make_room(self, request: Request, num_blocks: int, chosen: set[Request]) -> bool:
+    def _try_make_room(self, request: Request, num_blocks: int, chosen: Set[Request] = frozenset()) -> bool:
         """Preempt victims until so many blocks are free."""
         while not self._tables.has_room(num_blocks):
             victim = self._find_victim(request, chosen)
@@ -384,11 +301,7 @@ class Scheduler:
             self._preempt(victim)
         return True
 
-    def _grow(self, plan: StepPlan, request: Request) -> None:
-        start = len(request.block_ids)
-        plan.block_updates.append(BlockUpdate(request.slot, start, (self._tables.append(request),)))
-
-    def _find_victim(self, request: Request, chosen: set[Request]) -> Request | None:
+    def _find_victim(self, request: Request, chosen: Set[Request]) -> Request | None:
         """The last in order of those behind the request that do not run in this step."""
         behind = [r for r in self._running.by_slot.values() if r.order > request.order]
         free = (r for r in behind if chosen.isdisjoint(r.together))
@@ -401,9 +314,8 @@ class Scheduler:
             self._vacate(row)
             row.status = RequestStatus.PREEMPTED
             insort(self._waiting, row, key=BY_ORDER)
-        if request.group in self._branching:
-            self._branching.remove(request.group)
-            request.group.take_over()
+        if request.group is not None:
+            self._branching.preempt(request.group)
 
     def _vacate(self, request: Request) -> None:
         self._running.leave(request)
@@ -433,56 +345,37 @@ class Scheduler:
         assert step == result.step, f"result of step {result.step} came, {step} is next"
         assert step + self.config.depth <= self.step, f"tokens of step {step} are not on the first stage yet"
         running = RequestStatus.RUNNING
-        logprobs = result.logprobs or [None] * len(requests)
-        for entry in zip(requests, result.token_ids, logprobs, strict=True):
+        logprobs, errors = result.logprobs or [None] * len(requests), result.errors
+        for number, entry in enumerate(zip(requests, result.token_ids, logprobs, strict=True)):
             request = entry[0]
             request.num_pending -= 1
             wanted = request.status is running or self._wants_late_token(request)
-            if request.drafting is not None and request.drafting.token_ids:
-                wanted = self._take_verified(request, request.drafting) and wanted
+            if self._verification is not None and request.drafting is not None and request.drafting.token_ids:
+                wanted = self._verification.take(request, self.step) and wanted
             if not wanted:
                 continue
-            if request.group is not None:
-                self._take_beam(request, request.group, entry[2])
+            if errors and number in errors:
+                self.finish(request, "error", errors[number])
+                yield request, None, None
+            elif request.group is not None:
+                if self._branching.take(request, request.group, entry[2]):
+                    self._end_search(request.group)
             else:
                 self._append(request, entry[1])
                 yield entry
 
     def _append(self, request: Request, token_id: int) -> None:
         request.token_ids.append(token_id)
-        if self._speculation is not None:
-            self._speculation.switch.count(request)
+        if self._verification is not None:
+            self._verification.speculation.switch.count(request)
         if token_id in request.stop_token_ids:
             self.finish(request, "stop")
         elif len(request.token_ids) == request.max_total_tokens:
             self.finish(request, "length")
 
-    def _take_verified(self, request: Request, drafting: Drafting) -> bool:
-        """Whether the next result of a verification counts. What is computed is counted again from the first
-        draft on: KV behind a wrong one is worth nothing."""
-        assert self._speculation is not None, "nobody else drafts"
-        number = len(drafting.token_ids) - request.num_pending
-        counts = drafting.takes(number, request.token_ids)
-        if counts and request.status is RequestStatus.RUNNING:
-            request.num_computed_tokens = drafting.start + number
-        if request.num_pending == 0:
-            if self._speculation.end(request):
-                self._rolled_back[request] = request.num_computed_tokens
-            if request.constraint is None:
-                request.ready_step = self.step
-        return counts
-
-    def _take_beam(self, request: Request, group: BeamRows, logprobs: TokenLogprobs | None) -> None:
-        """A row's result; with the last of them the search goes on or ends."""
-        if not group.take(request, logprobs):
-            return
-        if group.children is None:
-            for row in group.requests:
-                self.finish(row, "stop")
-        elif request.status is RequestStatus.RUNNING:
-            self._branching.append(group)
-        else:
-            group.take_over()
+    def _end_search(self, group: BeamRows) -> None:
+        for row in group.requests:
+            self.finish(row, "stop")
 
     def _wants_late_token(self, request: Request) -> bool:
         """Of requests that left while the token was on its way, the preempted ones take it still."""

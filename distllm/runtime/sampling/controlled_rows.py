@@ -6,7 +6,7 @@ the user's own processors. Called by the sampler alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -15,10 +15,8 @@ import numpy as np
 import torch
 
 from distllm.runtime.sampling.logit_controls import LogitControls
+from distllm.runtime.sampling.logits_processors import NamedProcessor, ProcessorError
 from distllm.runtime.staging import to_device
-
-LogitsProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
-"""(prompt and output so far, logits [vocab_size] fp32) → logits. The same on every rank of tp."""
 
 COLUMNS = 8192  # of the token table that are counted at a time, which bounds memory
 
@@ -52,7 +50,7 @@ class ControlledRows:
     def __init__(
         self,
         controls: Sequence[LogitControls | None],
-        processors: Sequence[LogitsProcessor],
+        processors: Sequence[NamedProcessor],
         device: torch.device,
     ) -> None:
         """controls: of each row of the batch."""
@@ -63,7 +61,7 @@ class ControlledRows:
             for made in (_allowed, _bad_words, _ngrams, _bias, _penalties)
             for control in made(rows, device)
         ]
-        self._applied += [
+        self._processed = [
             _Processors(row, [processors[i] for i in c.processors]) for row, c in rows if c.processors
         ]
 
@@ -72,13 +70,15 @@ class ControlledRows:
         same = len(controls) == len(self.controls)
         return same and all(mine is theirs for mine, theirs in zip(self.controls, controls, strict=True))
 
-    def apply(self, logits: torch.Tensor, history: History) -> torch.Tensor:
-        """logits: [num_rows, vocab_size], kept; the changed ones, fp32."""
+    def apply(self, logits: torch.Tensor, history: History) -> tuple[torch.Tensor, list[str]]:
+        """logits: [num_rows, vocab_size], kept; the changed ones, fp32. And what went wrong in each row that
+        has processors, or ""; such a row is as it was before them.
+        """
         changed = logits.float() if logits.dtype != torch.float32 else logits.clone()
         changed = changed.contiguous()
         for control in self._applied:
             control.apply(changed, history)
-        return changed
+        return changed, [each.try_apply(changed, history) for each in self._processed]
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,20 @@ class _Processors:
     """Python for one row: the host waits for the device."""
 
     row: int
-    processors: list[LogitsProcessor]
+    processors: list[NamedProcessor]
 
-    def apply(self, logits: torch.Tensor, history: History) -> None:
+    def try_apply(self, logits: torch.Tensor, history: History) -> str:
+        """In place, or what went wrong."""
         slot, length = int(history.slots[self.row]), int(history.lengths[self.row])
         token_ids = history.table[slot, :length].tolist()
-        for processor in self.processors:
-            logits[self.row] = processor(token_ids, logits[self.row].clone())
+        values = logits[self.row]
+        try:
+            for processor in self.processors:
+                values = processor.apply(token_ids, values)
+        except ProcessorError as error:
+            return str(error)
+        logits[self.row] = values
+        return ""
 
 
 def _longs(values: Sequence[int], device: torch.device) -> torch.Tensor:

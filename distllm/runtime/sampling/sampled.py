@@ -12,6 +12,7 @@ from itertools import chain
 import torch
 
 from distllm.runtime.plan import TokenLogprobs
+from distllm.runtime.sampling.logits_processors import ERROR_BYTES
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class SampledRows:
     num_top: int  # log-probabilities asked for, −1 for none
     num_scored: int = 0  # tokens of prompts
     num_prompt_top: int = -1  # as num_top, of these
+    processed: tuple[int, ...] = ()  # those of the tokens that a user's processors may fail at
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Sampled:
     token_ids: torch.Tensor  # [n] int64
     logprobs: Logprobs | None = None
     scores: Logprobs | None = None
+    errors: torch.Tensor | None = None  # of rows.processed, as errors_to_device makes them
 
     @staticmethod
     def empty(rows: SampledRows, device: torch.device) -> Sampled:
@@ -55,20 +58,24 @@ class Sampled:
         token_ids = torch.empty(len(rows.slots), dtype=torch.int64, device=device)
         logprobs = Logprobs.empty(len(rows.slots), rows.num_top, device) if rows.num_top >= 0 else None
         scores = Logprobs.empty(rows.num_scored, rows.num_prompt_top, device) if rows.num_scored else None
-        return Sampled(token_ids, logprobs, scores)
+        size = len(rows.processed), ERROR_BYTES
+        errors = torch.empty(size, dtype=torch.uint8, device=device) if rows.processed else None
+        return Sampled(token_ids, logprobs, scores, errors)
 
     @staticmethod
     def of_parts(rows: SampledRows, parts: list[torch.Tensor]) -> Sampled:
         """Inverse of parts."""
         token_ids, *rest = parts
+        errors = rest.pop() if rows.processed else None
         pairs = iter([Logprobs(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)])
         logprobs = next(pairs) if rows.num_top >= 0 else None
-        return Sampled(token_ids, logprobs, next(pairs, None))
+        return Sampled(token_ids, logprobs, next(pairs, None), errors)
 
     @property
     def parts(self) -> list[torch.Tensor]:
-        """token_ids, and values and top_ids of what was asked for."""
-        return [self.token_ids, *chain.from_iterable(self._pairs())]
+        """token_ids, values and top_ids of what was asked for, errors."""
+        errors = [] if self.errors is None else [self.errors]
+        return [self.token_ids, *chain.from_iterable(self._pairs()), *errors]
 
     @property
     def messages(self) -> list[torch.Tensor]:

@@ -9,7 +9,8 @@ import torch
 from distllm.kernels import keep_typical, lowest_kept, sample_tokens, token_logprobs
 from distllm.parallel.vocab import VocabParallelHead
 from distllm.runtime.plan import RowSampling, mask_bytes
-from distllm.runtime.sampling.controlled_rows import ControlledRows, History, LogitsProcessor
+from distllm.runtime.sampling.controlled_rows import ControlledRows, History
+from distllm.runtime.sampling.logits_processors import NamedProcessor, errors_to_device
 from distllm.runtime.sampling.sampled import Logprobs, Sampled
 from distllm.runtime.sampling.token_masks import apply_masks
 from distllm.runtime.slots import SlotTables
@@ -26,7 +27,7 @@ class Sampler:
     """
 
     def __init__(
-        self, head: VocabParallelHead, tables: SlotTables, processors: Sequence[LogitsProcessor] = ()
+        self, head: VocabParallelHead, tables: SlotTables, processors: Sequence[NamedProcessor] = ()
     ) -> None:
         """processors: what LogitControls.processors counts."""
         self._head = head
@@ -45,10 +46,15 @@ class Sampler:
         rows = [self._tables.sampling[slot] for slot in slots]
         logits, parameters = self._head.gather(shard), self._tables.parameters(index)
         history = History(self._tables.token_ids, index, positions, parameters["num_prompt"])
-        allowed = self._control(apply_masks(logits, slots, self._tables.token_masks), rows, history)
+        masked = apply_masks(logits, slots, self._tables.token_masks)
+        allowed, errors = self._control(masked, rows, history)
         token_ids = _choose(allowed, rows, positions, parameters)
         num_top = num_top_logprobs(rows)
-        return Sampled(token_ids, _logprobs(logits, token_ids, num_top) if num_top >= 0 else None)
+        return Sampled(
+            token_ids,
+            logprobs=_logprobs(logits, token_ids, num_top) if num_top >= 0 else None,
+            errors=errors_to_device(errors, logits.device) if errors else None,
+        )
 
     def score(self, hidden: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
         """Of tokens that are known: token_ids [n] int64 are those behind hidden [n, hidden_size]. A piece at
@@ -87,10 +93,12 @@ class Sampler:
         parameters = self._tables.parameters(slots)
         return self._head.best_tokens(shard, parameters["temperature"], parameters["seed"], positions)
 
-    def _control(self, logits: torch.Tensor, rows: list[RowSampling], history: History) -> torch.Tensor:
+    def _control(
+        self, logits: torch.Tensor, rows: list[RowSampling], history: History
+    ) -> tuple[torch.Tensor, list[str]]:
         controls = [row.controls for row in rows]
         if not any(controls):
-            return logits
+            return logits, []
         if self._controlled is None or not self._controlled.serves(controls):
             self._controlled = ControlledRows(controls, self._processors, logits.device)
         return self._controlled.apply(logits, history)

@@ -1,8 +1,9 @@
 """A process in which grammars are tried before the engine compiles them: some are small and take gigabytes,
 forever, or the whole stack, and the grammar library gives a thread no way to be stopped.
 
-The file is its own script: it imports nothing of distllm, and so starts fast. Started by
-runtime.structured.grammars.
+The file is its own script: it imports nothing of distllm, and so starts fast. The process loads the library
+and forks; what it forked tries grammars, and is replaced after one that it did not survive, which costs the
+next grammar nothing. Started by runtime.structured.grammars.
 """
 
 from __future__ import annotations
@@ -15,52 +16,55 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
 
-TIMEOUT_S = 1.0
+CPU_S = 0.08  # of a try, which a busy machine does not shorten
+TIMEOUT_S = 1.0  # of a try, by the clock
+START_S = 60.0  # for the library to be loaded, from a slow disk too
 MEMORY_BYTES = 2**30
 STACK_BYTES = 2**24
 MAX_ERROR_CHARS = 300
-TOO_COSTLY = f"to compile it takes more than {TIMEOUT_S:.0f} s or {MEMORY_BYTES >> 20} MiB; simplify it"
+TOO_COSTLY = f"to compile it takes more than {CPU_S * 1e3:.0f} ms or {MEMORY_BYTES >> 20} MiB; simplify it"
 WHITESPACE = r"[ \t\r\n]{0,32}"  # between the parts of a JSON text: a model may like it
 
 
 class GrammarTrial:
-    """Starts the process with the first grammar, and again after one that it did not survive."""
+    """The process, seen from outside."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
+    def start(self) -> None:
+        """Returns at once, while the process gets ready. Without it the first grammar waits for that."""
+        if self._process is None or self._process.poll() is not None:
+            pipe, command = subprocess.PIPE, [sys.executable, "-P", __file__]
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+            weakref.finalize(self, _end, self._process)
+
     def check(self, field: str, source: str) -> str:
-        """What is wrong with a grammar, in one line; "" if nothing is. Takes little more than TIMEOUT_S."""
-        process = self._running()
+        """What is wrong with a grammar, in one line; "" if nothing is. Takes little more than CPU_S, and no
+        more than TIMEOUT_S where the machine is busy.
+        """
+        self.start()
+        assert self._process is not None, "was started"
         try:
-            answer = _ask(process, json.dumps([field, source]).encode() + b"\n")
+            answer = _ask(self._process, json.dumps([field, source]).encode() + b"\n")
         except OSError:
-            answer = None
-        if answer is None:
+            answer = b""
+        if not answer:  # the process itself was ended; by the system, where memory is short
             self.close()
             return TOO_COSTLY
         return str(json.loads(answer))
 
     def close(self) -> None:
+        """The next grammar starts it again."""
         if self._process is not None:
             _end(self._process)
             self._process = None
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
-            pipe, command = subprocess.PIPE, [sys.executable, "-P", __file__]
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-            assert self._process.stdout is not None, "is a pipe"
-            self._process.stdout.readline()  # it is ready
-            weakref.finalize(self, _end, self._process)
-        return self._process
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -68,25 +72,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-def _ask(process: subprocess.Popen[bytes], question: bytes) -> bytes | None:
-    """The line that the process answers; None where it ends or takes too long."""
+def _ask(process: subprocess.Popen[bytes], question: bytes) -> bytes:
+    """The line that the process answers; nothing where it has ended, or is out of reach."""
     assert process.stdin is not None and process.stdout is not None, "are pipes"
     process.stdin.write(question)
     process.stdin.flush()
-    answer, deadline = b"", time.monotonic() + TIMEOUT_S
-    while not answer.endswith(b"\n"):
-        left = max(0.0, deadline - time.monotonic())
-        part = b""
-        if select.select([process.stdout], [], [], left)[0]:
-            part = os.read(process.stdout.fileno(), 2**16)
-        if not part:
-            return None
-        answer += part
-    return answer
+    answers = select.select([process.stdout], [], [], START_S + TIMEOUT_S)[0]
+    return process.stdout.readline() if answers else b""
 
 
 def make_grammar(field: str, source: str) -> str:
-    """In the library's own language; field and source as StructuredOutputsParams.source() gives them. Raises
+    """In the library's own language; field and source as StructuredOutputsParams.source gives them. Raises
     ValueError for what cannot be read at all.
     """
     from llguidance import LLMatcher, grammar_from
@@ -147,21 +143,44 @@ def _try(field: str, source: str) -> str:
     return one_line(matcher.get_error()) if matcher.is_error() else ""
 
 
-def _serve() -> None:
-    """Until stdin closes. An alarm ends a try that nobody waits for any more."""
-    print("ready", flush=True)
+def _work() -> None:
+    """Answer a line for each line of stdin, until that closes. The timers kill a try that takes too long."""
     for line in sys.stdin:
-        signal.alarm(int(TIMEOUT_S) + 1)
-        print(json.dumps(_try(*json.loads(line))), flush=True)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, CPU_S)
+        signal.setitimer(signal.ITIMER_REAL, TIMEOUT_S)
+        error = _try(*json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(error), flush=True)
+    os._exit(0)
+
+
+def _start_work() -> NoReturn:
+    """On a thread, whose stack has a known size. It does not come back where a try failed or work is done."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=_work)
+    thread.start()
+    thread.join()
+    os._exit(1)
+
+
+def _keep_working() -> None:
+    """Fork a process that works, and another after each that a grammar ends. One that was killed from outside
+    may have had no question: then nothing is answered.
+    """
+    while True:
+        child = os.fork()
+        if child == 0:
+            _start_work()
+        status = os.waitpid(child, 0)[1]
+        if status == 0 or os.WTERMSIG(status) == signal.SIGKILL:
+            return
+        print(json.dumps(TOO_COSTLY), flush=True)
 
 
 if __name__ == "__main__":
     import llguidance  # noqa: F401  # before anybody asks
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=_serve)
-    thread.start()
-    thread.join()
+    _keep_working()

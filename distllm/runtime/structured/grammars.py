@@ -45,6 +45,14 @@ class Grammars:
         self._trial = GrammarTrial()
         self._compiled = lru_cache(MAX_CACHED)(self._try_and_compile)
 
+    def start(self) -> None:
+        """Get ready for the first grammar, in the background; without, that one waits. Until close()."""
+        if self._given is not None:
+            self._trial.start()
+
+    def close(self) -> None:
+        self._trial.close()
+
     def constraints(
         self, params: StructuredOutputsParams, count: int, min_tokens: int, stop_token_ids: Sequence[int]
     ) -> list[Constraint]:
@@ -55,7 +63,7 @@ class Grammars:
             raise RequestError("structured_outputs need a tokenizer, and the model folder has none")
         if not self._eos:
             raise RequestError("structured_outputs need an end-of-sequence token, and the model names none")
-        compiled = self._compiled(*params.source())
+        compiled = self._compiled(*params.source)
         made = [compiled.copy() for _ in range(count)]
         return [
             Constraint(matcher, self._vocab_size, lineage, min_tokens, stop_token_ids)

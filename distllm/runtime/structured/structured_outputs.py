@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import accumulate
 from reprlib import repr as shorten
 from typing import Any
@@ -45,10 +46,11 @@ class StructuredOutputsParams:
             raise RequestError(
                 f"structured_outputs has {' and '.join(given) or 'nothing'}; give exactly one of {names}"
             )
-        self.source()
+        _ = self.source
 
+    @cached_property
     def source(self) -> tuple[str, str]:
-        """(field, its text): schema and choices as JSON."""
+        """(field, its text), which is what was checked: schema and choices as JSON."""
         if self.json is not None:
             return "json", _schema_text(self.json)
         if self.regex is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,12 @@ from distllm.kernels.reference.truncation import keep_typical, lowest_kept
 from distllm.runtime.sampling import controlled_rows
 from distllm.runtime.sampling.controlled_rows import ControlledRows, History
 from distllm.runtime.sampling.logit_controls import NO_CONTROLS, LogitControls
+from distllm.runtime.sampling.logits_processors import (
+    LogitsProcessor,
+    NamedProcessor,
+    errors_of,
+    errors_to_device,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 13  # small: tokens and n-grams do repeat
@@ -79,7 +86,7 @@ def check(
     before = logits.clone()
     parts = (table, torch.tensor(slots), torch.tensor(lengths), torch.tensor(prompts))
     history = History(*(part.to(DEVICE) for part in parts))
-    found = ControlledRows(controls, [], DEVICE).apply(logits.to(DEVICE), history).cpu()
+    found = ControlledRows(controls, [], DEVICE).apply(logits.to(DEVICE), history)[0].cpu()
     assert torch.equal(logits, before) and found.dtype == torch.float32
     for row, entry in enumerate(controls):
         text = table[slots[row], : lengths[row]].tolist()
@@ -117,8 +124,46 @@ def test_processors_see_the_text_and_change_their_row_alone() -> None:
     parts = ([[5, 6, 7], [1, 2, 3]], [1, 0], [2, 3], [1, 1])
     history = History(*(torch.tensor(part, device=DEVICE) for part in parts))
     logits = torch.arange(6.0, device=DEVICE).view(2, 3)
-    rows = ControlledRows([LogitControls(processors=(1, 0)), None], [add_one, double], DEVICE)
-    assert rows.apply(logits, history).tolist() == [[1, 3, 5], [3, 4, 5]] and seen == [[1, 2]]
+    named = [NamedProcessor("add_one", add_one), NamedProcessor("double", double)]
+    rows = ControlledRows([LogitControls(processors=(1, 0)), None], named, DEVICE)
+    changed, errors = rows.apply(logits, history)
+    assert changed.tolist() == [[1, 3, 5], [3, 4, 5]] and seen == [[1, 2]] and errors == [""]
+
+
+def fail(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    token_ids.clear()
+    logits.zero_()
+    raise RuntimeError("two\nlines " + "é" * 400)
+
+
+WRONG: dict[str, tuple[LogitsProcessor, str]] = {
+    "raises": (fail, r"raised RuntimeError in test_controlled_rows.py, line \d+: two lines é{50}"),
+    "list": (lambda ids, logits: logits.tolist(), "returned a list; it must return the row of logits"),
+    "none": (lambda ids, logits: None, "returned a NoneType; it must"),  # type: ignore[arg-type,return-value]
+    "shape": (lambda ids, logits: logits[:2], r"returned \[2\] of torch.float32; it must return \[3\] of"),
+    "dtype": (lambda ids, logits: logits.long(), r"returned \[3\] of torch.int64; it must return \[3\] of"),
+    "nan": (
+        lambda ids, logits: logits - torch.inf + torch.inf,
+        "returned logits whose highest is nan; it must",
+    ),
+    "none left": (lambda ids, logits: logits - torch.inf, "returned logits whose highest is -inf; it must"),
+    "all": (lambda ids, logits: logits + torch.inf, "returned logits whose highest is inf; it must"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_processor_that_fails_leaves_its_row_and_says_why(name: str) -> None:
+    function, text = WRONG[name]
+    named = [NamedProcessor(name, function), NamedProcessor("add", lambda ids, logits: logits + len(ids))]
+    parts = ([[5, 6, 7], [1, 2, 3]], [1, 0], [2, 3], [1, 1])
+    history = History(*(torch.tensor(part, device=DEVICE) for part in parts))
+    logits = torch.arange(6.0, device=DEVICE).view(2, 3)
+    rows = ControlledRows([LogitControls(processors=(1, 0)), LogitControls(processors=(1,))], named, DEVICE)
+    changed, errors = rows.apply(logits, history)
+    assert changed.tolist() == [[0, 1, 2], [6, 7, 8]]
+    there = errors_of(errors_to_device(errors, DEVICE).cpu())
+    assert re.match(f"logits processor '{name}' {text}", there[0]) and there[1] == ""
+    assert "\n" not in errors[0] and len(there[0].encode()) <= 256
 
 
 def test_rows_serve_their_own_composition_only() -> None:

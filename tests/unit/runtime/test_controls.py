@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +116,63 @@ def test_processors_by_name(model: tuple[Path, Any]) -> None:
 
     outputs = run_ranks(2, run, timeout_s=60)[0]
     assert [out.outputs[0].token_ids for out in outputs] == [[9, 10, 11], [1, 2]]  # 2 is eos
+
+
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_processor_that_fails_ends_its_request_alone(
+    model: tuple[Path, Any], layout: tuple[int, int]
+) -> None:
+    """What it had said until then is given out; the others say what they would have said without it."""
+
+    def seventh(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(token_ids) == 7:
+            raise LookupError("there is\nno seventh")
+        return logits
+
+    processors = {"seventh": seventh, "short": lambda ids, logits: logits[1:], "fine": lambda ids, x: -x}
+    named: list[list[str] | None] = [None, ["fine", "seventh"], ["short"], ["fine"], ["seventh"]]
+    nine = SamplingParams(max_tokens=9, ignore_eos=True, temperature=0)
+    asked = [replace(nine, logits_processors=names) for names in named]
+    fine = [0, 3, 4]
+    texts: list[list[int]] = [[5, 6], [7] * 5, [8], [9] * 30, [4] * 12]
+
+    def run(control: LocalControl) -> Any:
+        grid = {"tensor_parallel_size": layout[0], "pipeline_parallel_size": layout[1]}
+        with LLM(str(model[0]), **grid, comm=control, logits_processors=processors) as llm:
+            both = [
+                llm.generate([texts[i] for i in ids], [asked[i] for i in ids]) for ids in (range(5), fine)
+            ]
+            last = {out.request_id: out for out in llm.stream(texts[1:3], asked[1:3])}
+            return both, last
+
+    (together, alone), streamed = run_ranks(layout[0] * layout[1], run, timeout_s=60)[0]
+    found = [out.outputs[0] for out in together]
+    assert [len(each.token_ids) for each in found] == [9, 2, 0, 9, 9]
+    assert [each.finish_reason for each in found] == ["length", "error", "error", "length", "length"]
+    why = r"logits processor 'seventh' raised LookupError in test_controls.py, line \d+: there is no seventh$"
+    assert re.match(why, found[1].stop_reason)
+    assert "'short' returned [130] of torch.float32; it must return [131] of" in found[2].stop_reason
+    assert [found[i].token_ids for i in fine] == [out.outputs[0].token_ids for out in alone]
+    assert [out.outputs[0].finish_reason for out in streamed.values()] == ["error", "error"]
+
+
+def test_an_error_behind_a_wrong_guess_does_not_count(model: tuple[Path, Any]) -> None:
+    """A processor meets texts that nobody has said where guesses are verified."""
+    said: list[list[int]] = []
+    unsaid = []
+
+    def strict(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        if said and not any(text[: len(token_ids)] == token_ids for text in said):
+            unsaid.append(token_ids)
+            raise LookupError("nobody has said this")
+        return logits
+
+    asked = SamplingParams(max_tokens=30, ignore_eos=True, temperature=0, logits_processors=["strict"])
+    guessing = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
+    for config in (None, guessing):
+        with LLM(str(model[0]), logits_processors={"strict": strict}, speculative_config=config) as llm:
+            outputs = llm.generate(prompts(6), asked)
+        texts = [[*out.prompt_token_ids, *out.outputs[0].token_ids] for out in outputs]
+        assert texts == (said or texts)
+        said = texts
+    assert unsaid

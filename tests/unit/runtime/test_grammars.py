@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 import time
 from collections.abc import Callable
 from itertools import product
@@ -26,6 +28,7 @@ from distllm.runtime.structured.constraint import (
     Constraint,
     ConstraintThreads,
 )
+from distllm.runtime.structured.grammar_trial import TOO_COSTLY, GrammarTrial
 from distllm.runtime.structured.grammars import Grammars
 from tests.tokenizers import KINDS, LOSSLESS
 
@@ -63,6 +66,14 @@ def cyclic() -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "array"}
     schema["items"] = schema
     return schema
+
+
+def object_of(*names: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {name: {"type": "integer"} for name in names}}
+
+
+def doubling(times: int) -> str:
+    return "".join(f"R{i}: R{i + 1} R{i + 1}\n" for i in range(times))
 
 
 PLACES = {f"p{i}": {"type": "string"} for i in range(300_000)}
@@ -106,30 +117,96 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "schema inside": ({"grammar": "start: %json " + '{"items":' * 500}, "grammar is nested 500 deep"),
     "the stack": (
         {"grammar": "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(7000)) + 'r7000: "a"'},
-        "grammar cannot be used: to compile it takes more than 1 s or 1024 MiB; simplify it",
+        f"grammar cannot be used: {TOO_COSTLY}",
     ),
+    "endless refs": (
+        {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}},
+        "json cannot be used: ",
+    ),
+    "no such text": ({"json": {"allOf": [{"type": "integer"}, {"type": "string"}]}}, "cannot be used: Unsat"),
+    "no such place": ({"json": object_of() | {"properties": {"a": False}, "required": ["a"]}}, "json cannot"),
+    "places alike": ({"json": {"type": "object", "patternProperties": {"^a": {}, "b$": {}}}}, "not disjoint"),
+    "products": (
+        {"json": {"allOf": [{"anyOf": [object_of(f"{i}", f"{j}") for j in range(4)]} for i in range(12)]}},
+        "schema too large",
+    ),
+    "patterns": (
+        {"json": {"allOf": [{"type": "string", "pattern": f"^.*{c}.{{9}}$"} for c in "abcdef"]}},
+        "json cannot be used: Unable to determine",
+    ),
+    "places": ({"json": object_of(*(f"p{i}" for i in range(3500)))}, TOO_COSTLY),
+    "doubling": ({"grammar": "start: R0\n" + doubling(40) + 'R40: "a"'}, TOO_COSTLY),
+    "recursion": ({"grammar": "start: start"}, "grammar cannot be used: "),
+    "no way out": ({"grammar": "start: a\na: b\nb: a"}, "grammar cannot be used: "),
+    "both at once": ({"grammar": "start: A\nA: /.*a.{14}/ & /.*b.{14}/"}, "grammar cannot be used: "),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_inputs_are_refused_at_once_in_one_line(grammars: Grammars, name: str) -> None:
+    """In 100 ms: those 80 that a trial may take, and less than 20 here. Of the processor's time: a busy
+    machine stretches the clock's."""
     wrong, text = REFUSED[name]
-    start = time.perf_counter()
-    with pytest.raises(RequestError, match=f"^structured_outputs.*{text}") as refused:
-        grammars.constraints(StructuredOutputsParams(**wrong), 1, 0, [EOS])
-    took = time.perf_counter() - start
-    print(f"{name}: {took * 1e3:.1f} ms")
+    costs: list[float] = []
+    while not costs or (min(costs) >= 0.02 and len(costs) < 3):
+        start = time.process_time()
+        with pytest.raises(RequestError, match=f"^structured_outputs.*{text}") as refused:
+            grammars.constraints(StructuredOutputsParams(**wrong), 1, 0, [EOS])
+        costs.append(time.process_time() - start)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
-    assert took < 1.0  # 0.1 with the cores free
+    assert min(costs) < 0.02, costs
 
 
-def test_a_grammar_without_an_end_is_refused_after_its_time(grammars: Grammars) -> None:
+def test_a_grammar_without_an_end_has_its_time_and_harms_no_other(grammars: Grammars) -> None:
+    """Nobody waits for a process that starts: the next one is there."""
     costly = StructuredOutputsParams(json={"type": "integer", "multipleOf": 99_999_989})
-    start = time.perf_counter()
-    with pytest.raises(RequestError, match="to compile it takes more than 1 s or 1024 MiB; simplify it"):
-        grammars.constraints(costly, 1, 0, [EOS])
-    assert time.perf_counter() - start < 3
-    assert grammars.constraints(StructuredOutputsParams(regex="a"), 1, 0, [EOS])  # the next one is not harmed
+    grammars.constraints(StructuredOutputsParams(regex="a"), 1, 0, [EOS])
+    process = grammars._trial._process
+    assert process is not None
+    before = cpu_s_of_ended(process.pid)
+    for regex in ("ab", "abc", "abcd"):
+        with pytest.raises(RequestError, match=TOO_COSTLY):
+            grammars.constraints(costly, 1, 0, [EOS])
+        assert grammars.constraints(StructuredOutputsParams(regex=regex), 1, 0, [EOS])
+    assert grammars._trial._process is process
+    assert 0.07 < (cpu_s_of_ended(process.pid) - before) / 3 < 0.1
+
+
+def cpu_s_of_ended(pid: int) -> float:
+    """What the children of a process had used when they ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_trial_that_the_system_ends_is_started_again() -> None:
+    trial = GrammarTrial()
+    for ends in (signal.SIGKILL, None):
+        assert trial.check("regex", "(a").endswith("unclosed group")
+        assert trial.check("regex", "a") == ""
+        if ends and trial._process:
+            trial._process.send_signal(ends)
+            trial._process.wait()
+    trial.close()
+
+
+def test_large_grammars_are_not_refused(grammars: Grammars) -> None:
+    """As large as the schemas of big programs: 60,000 characters, 800 places. They need a third of what a try
+    may cost."""
+    kinds: list[dict[str, Any]] = [
+        {"type": "string", "maxLength": 40, "description": "what is told of it in a few words"},
+        {"type": ["integer", "null"]},
+        {"enum": ["first", "second", "third"]},
+        {"type": "array", "items": {"type": "number"}},
+        {"type": "string", "pattern": "^[a-z]{1,9}-[0-9]{4}$"},
+    ]
+
+    def section(makes: list[dict[str, Any]]) -> dict[str, Any]:
+        places = {f"place_{i}": each for i, each in enumerate(makes)}
+        return {"type": "object", "properties": places, "required": list(places)}
+
+    schema = section([section([kinds[(i + j) % 5] for j in range(16)]) for i in range(50)])
+    assert 60_000 < len(json.dumps(schema)) < 70_000
+    assert grammars.constraints(StructuredOutputsParams(json=schema), 1, 0, [EOS])
 
 
 @pytest.mark.parametrize("regex", ["(a+)+$", "(x+x+)+y", "(a|a)*b", "(.*a){50}", "a{1,10000}{1,10000}"])

@@ -397,6 +397,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _receive(self, token: AcceptedToken) -> None:
         request, token_id, _ = token
         expectation = self.expected[request]
+        assert token_id is not None, "an error that nothing has caused"
         assert not expectation.ended, "a token after the end"
         assert not expectation.aborted, "a token after the abort"
         expectation.received.append(token_id)

@@ -193,3 +193,12 @@ def test_a_refused_grammar_is_refused_on_every_rank_and_harms_no_other(folder: P
 
     for output in with_llm(folder, (2, 1), use):
         check_text(StructuredOutputsParams(regex="[a-f]{3}"), output.outputs[0].text)
+
+
+def test_the_trial_of_grammars_is_ready_before_the_first_and_ends_with_the_llm(folder: Path) -> None:
+    with LLM(str(folder), kv_cache_memory_bytes=2**25) as llm:
+        process = llm._admission.grammars._trial._process
+        assert process is not None and process.poll() is None
+        llm.generate([[5]], params(StructuredOutputsParams(regex="[a-f]{3}"), 1))
+        assert llm._admission.grammars._trial._process is process
+    assert process.poll() is not None
