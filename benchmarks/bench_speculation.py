@@ -182,7 +182,7 @@ def show(results: list[Result]) -> None:
 @click.option(
     "--agreement", type=float, default=0.8, show_default=True, help="Share of tokens that the draft knows."
 )
-@count_option("--num-tokens", 128, "Of each request that are timed.")
+@count_option("--num-tokens", 256, "Of each request that are timed.")
 @count_option("--num-iters", 3, "Runs that count.")
 @output_option
 def main(

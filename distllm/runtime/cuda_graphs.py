@@ -36,7 +36,7 @@ PROMPT_TOKENS = (
     1024,
 )  # beyond, launches hide behind work
 VERIFY_ROWS = (1, 8, 64)  # of captured verifications, and then max_num_seqs
-VERIFY_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+VERIFY_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 576, 640, 768, 1024, 1280, 1536, 2048)
 FEW_TOKENS = 192  # fewer are computed in hardly less time
 
 
@@ -160,8 +160,13 @@ class PromptGraphs(Generic[Output]):
         device: torch.device,
     ) -> None:
         self._shape = shape
-        self._inputs = torch.zeros(2 * shape.num_rows + 3, dtype=torch.int32, device=device)
-        slots, cu_seqlens = self._inputs.split([shape.num_rows + 1, shape.num_rows + 2])
+        # Kernels are compiled for addresses that are multiples of 16 and for others: as in steps that are not
+        # captured, cu_seqlens is at one.
+        num_slots = shape.num_rows + 1
+        self._gap = [0] * (-num_slots % 4)
+        lengths = [num_slots, len(self._gap), shape.num_rows + 2]
+        self._inputs = torch.zeros(sum(lengths), dtype=torch.int32, device=device)
+        slots, _, cu_seqlens = self._inputs.split(lengths)
         self._padding_slot = padding_slot
         self._run = partial(step, slots, cu_seqlens)
         self._captured: dict[int, _Captured[Output]] = {}
@@ -194,5 +199,5 @@ class PromptGraphs(Generic[Output]):
     def _load(self, slots: Sequence[int], cu_seqlens: Sequence[int], size: int) -> None:
         idle = self._shape.num_rows + 1 - len(slots)
         ends = [*cu_seqlens, *[cu_seqlens[-1]] * (idle - 1), size]
-        filled = [*slots, *[self._padding_slot] * idle]
+        filled = [*slots, *[self._padding_slot] * idle, *self._gap]
         self._inputs.copy_(to_device(filled + ends, torch.int32, self._inputs.device))

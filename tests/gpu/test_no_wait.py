@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,8 @@ import torch
 
 from distllm import LLM, SamplingParams, StructuredOutputsParams
 from tests.structured_cases import make_folder
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -58,3 +64,14 @@ def test_that_would_be_seen() -> None:
             torch.zeros(3, device="cuda").nonzero()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("speculation", [[], ["ngram"]], ids=["plain", "ngram"])
+def test_nothing_is_compiled_while_requests_wait(speculation: list[str]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, ROOT / "tests/gpu/run_compiles.py", *speculation]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -156,7 +156,8 @@ class SpeculationSwitch:
 
     def _begin(self, bucket: int) -> None:
         known, best, before = self._paces.setdefault(bucket, {}), self._best(bucket), self._way
-        tries = best in known and not self._lost_s
+        is_owing = self._lost_s > 0 and len(known) == 2  # a way that was never timed is tried all the same
+        tries = best in known and not is_owing
         self._bucket, self._way = bucket, best != tries
         self._rival = known[best] if tries else 0.0
         self._stretch_s, self._num_timed = self._now_s, 0
