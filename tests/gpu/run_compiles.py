@@ -1,6 +1,7 @@
 """In a process of its own: once an engine is there, no request waits until a kernel is compiled.
 
-Prompts alone and many, short, odd and longer than any captured step, with every kind of sampling. Ends with 1 and the kernels' names if any is compiled.
+Prompts alone and many, short, odd and longer than any captured step, with every kind of sampling. Ends with 1
+and the kernels' names if any is compiled.
 """
 
 from __future__ import annotations
