@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import torch
@@ -45,6 +46,8 @@ def _free_bytes(config: EngineConfig, spec: DecoderSpec, device: torch.device) -
     """What is left of this rank's share of the device after weights, the largest step and the graphs."""
     if device.type != "cuda":
         return CPU_LIMIT_BYTES
+    gc.collect()  # what engines held that are closed
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     used = total - free
     graphs = 0 if config.enforce_eager else GRAPH_BYTES

@@ -245,8 +245,8 @@ class LLM:
         self._coordinator.abort(request_id)
 
     def close(self) -> None:
-        """Free the communicators. Collective; calling it twice is harmless. After an interruption it only
-        forgets.
+        """Free the communicators and the memory. Collective; calling it twice is harmless. After an
+        interruption it only forgets.
         """
         if self.is_root:
             self._admission.grammars.close()

@@ -99,8 +99,13 @@ class ModelRunner:
         self._prompts, self._decodes, self._verified_len = prompts, decodes, row_len
 
     def release(self) -> None:
-        """Forget the captured steps. Before the communicators close: NCCL waits until no graph holds them."""
-        self._decodes, self._prompts = None, []
+        """Forget captured steps, weights and KV cache: the runner is of no use any more. Before the
+        communicators close: NCCL waits until no graph holds them.
+        """
+        self._decodes, self._prompts, self._hidden_in = None, [], None
+        del self._decoder, self._kv_cache, self._tables
+        if self._layout.is_last_stage:
+            del self._sampler
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> None:

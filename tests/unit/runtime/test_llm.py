@@ -4,8 +4,10 @@ tokens.
 
 from __future__ import annotations
 
+import gc
 import random
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +317,17 @@ def test_prefix_cache_is_reported(oracle: Oracle) -> None:
             return [llm.generate(prompt, GREEDY)[0].num_cached_tokens for _ in range(2)]
 
     assert run_ranks(1, run)[0] == [0, (len(prompt) - 1) // 16 * 16]
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_closed_engine_holds_no_memory(oracle: Oracle, drafts: bool) -> None:
+    """Its object may be around while the next one asks what is free."""
+    speculation = {"method": "draft_model", "model": str(oracle.folder)} if drafts else None
+    llm = LLM(str(oracle.folder), kv_cache_memory_bytes=2**22, speculative_config=speculation)
+    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3))
+    held = [weakref.ref(each) for r in llm._runners for each in (r._decoder.head, r._kv_cache, r._tables)]
+    assert len(held) == (6 if drafts else 3) and all(each() is not None for each in held)
+    llm.close()
+    gc.collect()
+    assert not any(each() is not None for each in held)
+    llm.close()  # harmless
