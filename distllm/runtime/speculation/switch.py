@@ -15,10 +15,9 @@ from time import perf_counter
 
 WINDOW, FIRST_WINDOW = 8, 3  # stretches until a way is judged; the first one has nothing to be judged by
 LEAST_GAIN = 1.05  # in tokens a second
-TRIAL_SHARE = 0.015  # of the time: what may be lost by trying the way that is slower
+TRIAL_SHARE = 0.01  # of the time: what may be lost by trying the way that is slower
 MOST_LOST_S = 0.02  # by a trial, before it ends
 NEWS = 0.25  # of the pace of the faster way: what the last window counts
-PATIENCE = 4  # stretches that prompts may spoil; where they come all the time they are part of what is timed
 
 
 class _Window:
@@ -27,7 +26,6 @@ class _Window:
     def __init__(self, num_settling: int) -> None:
         """num_settling: decisions, the first ones, whose tokens are not counted."""
         self.num_decisions, self._num_settling = 0, num_settling
-        self.num_spent, self.spent_s = 0, 0.0  # decisions that no prompt disturbed, and how long they took
         self.stretches: list[float] = []  # seconds a decision
         self._rows: dict[Hashable, list[int]] = {}  # first and last decision with tokens, and those behind
 
@@ -58,20 +56,16 @@ class _Window:
         return sorted(self.stretches)[len(self.stretches) // 4] if self.stretches else 0.0
 
     def lost_s(self, pace: float) -> float:
-        """In all, against this other pace: what the decisions took beyond what their tokens would have."""
-        if not self.num_spent or not self.decisions_per_token:
-            return self.spent_s
-        return self.num_decisions * self._lost_each(self.spent_s / self.num_spent, pace)
+        """In all, against this other pace: what the decisions took beyond what their tokens would have. Those
+        that tell nothing yet are taken for lost.
+        """
+        if not self.pace:
+            return self.num_decisions / pace
+        return self.num_decisions * max(0.0, self.seconds - 1 / (self.decisions_per_token * pace))
 
     def is_losing(self, pace: float) -> bool:
         """Whether it is clear by now."""
-        if len(self.stretches) < 2 or not self.pace:
-            return False
-        num_settled = self.num_decisions - self._num_settling
-        return num_settled * self._lost_each(self.seconds, pace) > MOST_LOST_S
-
-    def _lost_each(self, seconds: float, pace: float) -> float:
-        return max(0.0, seconds - 1 / (self.decisions_per_token * pace))
+        return len(self.stretches) > 1 and self.pace > 0 and self.lost_s(pace) > MOST_LOST_S
 
 
 class SpeculationSwitch:
@@ -82,11 +76,11 @@ class SpeculationSwitch:
         self._paces: dict[int, dict[bool, float]] = {}  # by size of batch, then with speculation or without
         self._bucket, self._way = -1, True
         self._rival = 0.0  # pace of the way that is faster, while the other is tried
-        self._lost_s = self._last_lost_s = 0.0  # by trials and not yet made up for; by the last one
+        self._lost_s = 0.0  # by trials, and not yet made up for
         self._window = _Window(self._settling)
         self._now_s = self._stretch_s = clock()  # of the last decision; when the stretch began
         self._num_timed = 0  # decisions of the stretch
-        self._unsettled, self._is_disturbed, self._num_disturbed = self._settling, False, 0
+        self._unsettled = self._settling
 
     def decide(self, num_rows: int) -> bool:
         """Whether to speculate in the step that is being planned. Batches count as alike around a power of
@@ -110,28 +104,21 @@ class SpeculationSwitch:
 
     def disturb(self) -> None:
         """Prompts are computed: what is being timed would say little."""
-        if self._num_disturbed < PATIENCE:
-            self._num_disturbed += 1
-            self._unsettled, self._is_disturbed = self._settling, True
+        self._unsettled = self._settling
 
     def _tick(self) -> None:
         """The last decision has been carried out."""
         now, before = self._clock(), self._now_s
         self._now_s = now
         self._lost_s = max(0.0, self._lost_s - TRIAL_SHARE * (now - before))
-        if not self._is_disturbed:
-            self._window.num_spent += 1
-            self._window.spent_s += now - before
         if self._unsettled:
             self._unsettled -= 1
             self._stretch_s, self._num_timed = now, 0
-            self._is_disturbed &= self._unsettled > 0
             return
         self._num_timed += 1
         if self._num_timed == self._cycle:
             self._window.stretches.append((now - self._stretch_s) / self._cycle)
             self._stretch_s, self._num_timed = now, 0
-            self._num_disturbed = max(0, self._num_disturbed - 1)
 
     def _is_over(self) -> bool:
         if self._num_timed or not self._window.stretches:
@@ -144,10 +131,7 @@ class SpeculationSwitch:
     def _end(self) -> None:
         pace, known = self._window.pace, self._paces.get(self._bucket, {})
         if self._rival:
-            lost_s = self._window.lost_s(self._rival)
-            # One trial may have met with a hiccup: only what a second one loses, too, counts in full.
-            self._lost_s += min(lost_s, 4 * max(self._last_lost_s, MOST_LOST_S))
-            self._last_lost_s = lost_s
+            self._lost_s += self._window.lost_s(self._rival)
         if pace and len(self._window.stretches) > 1:
             best, before = self._best(self._bucket), known.get(self._way, pace)
             known[self._way] = pace if self._rival else before + NEWS * (pace - before)
