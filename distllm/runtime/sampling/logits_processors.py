@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from distllm.runtime.staging import to_device
@@ -62,7 +63,8 @@ def _wrong(found: object, logits: torch.Tensor) -> str:
 def errors_to_device(errors: Sequence[str], device: torch.device) -> torch.Tensor:
     """[len(errors), ERROR_BYTES] uint8; longer ones are cut."""
     padded = [error.encode()[:ERROR_BYTES].ljust(ERROR_BYTES, b"\0") for error in errors]
-    return to_device(list(b"".join(padded)), torch.uint8, device).view(len(errors), ERROR_BYTES)
+    packed = np.frombuffer(b"".join(padded), np.uint8)
+    return to_device(packed.reshape(len(errors), ERROR_BYTES), torch.uint8, device)
 
 
 def errors_of(tensor: torch.Tensor) -> list[str]:

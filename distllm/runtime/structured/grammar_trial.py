@@ -49,7 +49,10 @@ class GrammarTrial:
         """What is wrong with a grammar, in one line; "" if nothing is. Takes little more than CPU_S, and no
         more than TIMEOUT_S where the machine is busy.
         """
-        self.start()
+        try:
+            self.start()
+        except OSError as error:
+            return f"the process that tries grammars cannot be started: {error.strerror}"
         assert self._process is not None, "was started"
         try:
             answer = _ask(self._process, json.dumps([field, source]).encode() + b"\n")

@@ -7,6 +7,7 @@ that it is too costly, is the RequestError of the request that brought it. Equal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from queue import Empty, SimpleQueue
 from threading import Thread, stack_size
@@ -48,7 +49,8 @@ class Grammars:
     def start(self) -> None:
         """Get ready for the first grammar, in the background; without, that one waits. Until close()."""
         if self._given is not None:
-            self._trial.start()
+            with suppress(OSError):  # the first grammar says why it cannot be; who has none needs no process
+                self._trial.start()
 
     def close(self) -> None:
         self._trial.close()

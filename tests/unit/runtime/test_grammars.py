@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from itertools import product
@@ -187,6 +188,20 @@ def test_a_trial_that_the_system_ends_is_started_again() -> None:
             trial._process.send_signal(ends)
             trial._process.wait()
     trial.close()
+
+
+def test_where_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines start all the same; a grammar is refused in one line."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    grammars = Grammars(Bytes(), 270, [EOS])  # type: ignore[arg-type]
+    grammars.start()
+    with pytest.raises(RequestError, match="tries grammars cannot be started: Resource temporarily unavail"):
+        grammars.constraints(StructuredOutputsParams(regex="a"), 1, 0, [EOS])
+    grammars.close()
 
 
 def test_large_grammars_are_not_refused(grammars: Grammars) -> None:
