@@ -35,7 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-@pytest.mark.parametrize("script", ["run_llm.py", "run_trained.py", "run_beams.py", "run_speculation.py"])
+@pytest.mark.parametrize(
+    "script", ["run_llm.py", "run_trained.py", "run_beams.py", "run_speculation.py", "run_processors.py"]
+)
 def test_tokens(folder: Path, script: str, tp: int, pp: int) -> None:
     check(script, folder, tp, pp)
 
