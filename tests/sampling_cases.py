@@ -27,6 +27,23 @@ def kept_by_hand(
     return kept
 
 
+def typical_by_hand(logits: np.ndarray, mass: float, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries of one row typical sampling keeps at least and at most, if masses are off by epsilon."""
+    probs = np.exp(logits - logits.max())
+    probs /= probs.sum()
+    live = probs > 0
+    entropy = -(probs[live] * np.log(probs[live])).sum()
+    with np.errstate(divide="ignore"):
+        distance = np.abs(-np.log(probs) - entropy)
+    order = np.argsort(distance, kind="stable")
+    before = np.concatenate([[0.0], np.cumsum(probs[order])[:-1]])
+
+    strict, lax = (
+        distance[order[before < share]].max() for share in (max(mass - epsilon, 1e-300), mass + epsilon)
+    )
+    return distance <= strict, distance <= lax
+
+
 def hard_rows(
     vocab: int, dtype: torch.dtype, seed: int = 0, rows_of_a_kind: int = 6
 ) -> tuple[torch.Tensor, Columns]:

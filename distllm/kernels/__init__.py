@@ -23,9 +23,11 @@ from distllm.kernels.reference import (
     logprobs,
     masks,
     norm,
+    penalties,
     rope,
     sampling,
     truncation,
+    typical,
 )
 from distllm.kernels.reference import linear as linears
 
@@ -65,7 +67,7 @@ choose_best = _by_device(sampling.choose_best)
 embed = embedding.embed
 expert_mlp = _by_device(experts.expert_mlp)
 gather_batch = _by_device(gather.gather_batch)
-keep_typical = truncation.keep_typical
+keep_typical = _by_device(typical.keep_typical)
 layer_norm = _by_device(norm.layer_norm)
 linear = _by_device(linears.linear)
 linear_activate_mul = _by_device(linears.linear_activate_mul)
@@ -73,6 +75,7 @@ linear_add = _by_device(linears.linear_add)
 lowest_kept = _by_device(truncation.lowest_kept)
 mask_logits = _by_device(masks.mask_logits)
 paged_attention = _by_device(attention.paged_attention)
+penalize = _by_device(penalties.penalize)
 rms_norm = _by_device(norm.rms_norm)
 rope_and_cache_kv = _by_device(rope.rope_and_cache_kv)
 rope_cos_sin = _by_device(rope.rope_cos_sin)

@@ -61,8 +61,8 @@ def _step_bytes(config: EngineConfig, spec: DecoderSpec) -> int:
     per_token = 2 * (8 * spec.hidden_size + 3 * spec.intermediate_size)
     if spec.moe is not None:  # their outputs are in fp32 until they are summed
         per_token += spec.moe.top_k * (4 * spec.hidden_size + 2 * spec.moe.intermediate_size)
-    # Logits of this rank, of all, masked; for LogitControls at once fp32 twice, two counts.
-    per_row = (3 * 2 + 4 * 4) * spec.vocab_size
+    # Logits of this rank, of all, masked; for LogitControls at once fp32 three times, a bit in a byte.
+    per_row = (3 * 2 + 3 * 4 + 1) * spec.vocab_size
     drafts = config.speculation.num_speculative_tokens if config.speculation else 0
     num_rows = min(config.max_num_seqs * (1 + drafts), config.max_num_batched_tokens)
     return config.max_num_batched_tokens * per_token + num_rows * per_row

@@ -36,7 +36,7 @@ PLAIN = {"max_tokens": 3, "ignore_eos": True}
 PARAMS = [
     SamplingParams(temperature=0, **PLAIN),
     SamplingParams(temperature=0.7, seed=1, n=2, **PLAIN),
-    SamplingParams(top_k=9, top_p=0.8, min_p=0.01, seed=2, **PLAIN),
+    SamplingParams(top_k=9, top_p=0.8, min_p=0.01, typical_p=0.9, frequency_penalty=0.5, seed=2, **PLAIN),
     SamplingParams(logprobs=3, min_tokens=2, stop_token_ids=[7], **PLAIN),
 ]
 

@@ -10,16 +10,26 @@ import torch
 
 from distllm.kernels.reference import activation, gather, norm, sampling
 from distllm.kernels.reference import linear as linears
+from distllm.kernels.reference import penalties as penalties_by_torch
+from distllm.kernels.reference import truncation as truncation_by_torch
 from distllm.kernels.triton import activation as triton_activation
 from distllm.kernels.triton import gather as triton_gather
 from distllm.kernels.triton import linear as triton_linear
 from distllm.kernels.triton import logprobs as triton_logprobs
 from distllm.kernels.triton import masks as triton_masks
 from distllm.kernels.triton import norm as triton_norm
+from distllm.kernels.triton import penalties as triton_penalties
 from distllm.kernels.triton import sampling as triton_sampling
-from distllm.kernels.triton import truncation
+from distllm.kernels.triton import truncation, typical
 from tests.kernels.device import DEVICE, DTYPES, close, randn
-from tests.sampling_cases import check_kept, chi_square_passes, hard_rows, kept_by_hand, shards
+from tests.sampling_cases import (
+    check_kept,
+    chi_square_passes,
+    hard_rows,
+    kept_by_hand,
+    shards,
+    typical_by_hand,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -235,13 +245,15 @@ def test_truncated_draws_follow_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (5, 17), (3, 9001)])
-def test_token_logprobs(dtype: torch.dtype, rows: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_sampling, "PROGRAMS_WANTED", 3 * rows)  # three blocks a piece
+@pytest.mark.parametrize(("rows", "vocab", "num_top"), [(1, 1, 1), (5, 17, 0), (5, 17, 11), (3, 9001, 20)])
+@pytest.mark.parametrize("most_top", [64, 4])
+def test_token_logprobs(
+    dtype: torch.dtype, rows: int, vocab: int, num_top: int, most_top: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_logprobs, "MOST_TOP", most_top)
     logits = (randn(rows, vocab + 3) * 3).to(dtype)[:, :vocab]
     logits[:, : vocab // 3] = -torch.inf
     token_ids = torch.randint(vocab // 3, vocab, (rows,), device=DEVICE)
-    num_top = min(vocab - vocab // 3, 5)
     logprob, rank, top_ids, top = triton_logprobs.token_logprobs(logits, token_ids, num_top)
     want = logits.double().log_softmax(-1)
     chosen = want.gather(-1, token_ids[:, None])
@@ -249,6 +261,66 @@ def test_token_logprobs(dtype: torch.dtype, rows: int, vocab: int, monkeypatch: 
     assert torch.equal(rank, (want > chosen).sum(-1) + 1)
     torch.testing.assert_close(top, want.topk(num_top).values.float(), atol=4e-6, rtol=0)
     torch.testing.assert_close(want.gather(-1, top_ids).float(), top, atol=4e-6, rtol=0)
+    assert all(len(set(row)) == num_top for row in top_ids.tolist())
+
+
+def test_of_equal_logits_the_first_are_best() -> None:
+    """Across pieces, and where less than num_top of a row has a probability."""
+    logits = torch.full((2, 5000), -torch.inf)
+    logits[0, [4700, 3, 1025, 1023, 2000]] = torch.tensor([2.0, 0.0, 1.0, 1.0, 1.0])
+    logits[1, [4999, 2]] = -7.5
+    token_ids = torch.tensor([2000, 0]).to(DEVICE)
+    logprob, rank, top_ids, top = triton_logprobs.token_logprobs(logits.to(DEVICE), token_ids, 6)
+    assert top_ids.tolist() == [[4700, 1023, 1025, 2000, 3, 0], [2, 4999, 0, 1, 3, 4]]
+    assert rank.tolist() == [2, 3] and logprob[1].item() == -torch.inf
+    np.testing.assert_allclose(top[1, :2].cpu(), np.log([0.5, 0.5]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("vocab", "max_len"), [(7, 5), (1031, 2500)])
+def test_penalize(vocab: int, max_len: int) -> None:
+    """Some rows of a batch in shuffled slots, of which some have no output yet; tokens come many times."""
+    rng = np.random.default_rng(vocab)
+    num_rows, batch, num_slots = 4, 6, 9
+    table = torch.from_numpy(rng.integers(0, vocab, (num_slots, max_len), dtype=np.int32)).to(DEVICE)
+    table[:, ::2] = vocab // 2
+    slots, rows = (torch.from_numpy(rng.permutation(n)[:num_rows]).to(DEVICE) for n in (num_slots, batch))
+    lengths = torch.from_numpy(rng.integers(1, max_len + 1, num_rows)).to(DEVICE)
+    num_prompt = (lengths - torch.tensor([0, 1, max_len // 2, max_len]).to(DEVICE)).clamp(min=0)
+    penalties = torch.from_numpy(rng.uniform(0.5, 2, (3, num_rows)).astype(np.float32)).to(DEVICE)
+    logits = randn(batch, vocab)
+    logits[:, 1] = -torch.inf
+    found, wanted = logits.clone(), logits.clone()
+    args = (rows, table, slots, lengths, num_prompt, penalties)
+    triton_penalties.penalize(found, *args)
+    penalties_by_torch.penalize(wanted, *args)
+    assert not torch.equal(found, logits)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [2, 1031, 5001])
+def test_keep_typical(dtype: torch.dtype, vocab: int) -> None:
+    logits, (heat, top_k, _, min_p) = hard_rows(vocab, dtype, rows_of_a_kind=3)
+    one, rows = torch.ones_like(heat), len(logits)
+    p = torch.tensor([0.05, 0.3, 0.9, 0.999, 1e-30, 1.0]).repeat(rows // 6)[torch.randperm(rows)]
+    lowest = truncation_by_torch.lowest_kept(logits, heat, top_k, one, min_p)
+    found = typical.keep_typical(logits.to(DEVICE), heat.to(DEVICE), lowest.to(DEVICE), p.to(DEVICE)).cpu()
+    assert found.dtype == dtype
+    num_decided = 0
+    for row, kept in enumerate(torch.isfinite(found).numpy()):
+        assert torch.equal(found[row, kept], logits[row, kept])
+        if heat[row] == 0 or p[row] == 1:
+            assert torch.equal(found[row], logits[row])
+            continue
+        wide = logits[row].double().numpy()
+        tempered = np.where(wide >= lowest[row].item(), wide, -np.inf) / heat[row].item()
+        strict, lax = typical_by_hand(tempered, p[row].item(), 1e-5)
+        assert (kept | ~strict).all() and (lax | ~kept).all(), (heat[row], p[row])
+        num_decided += (strict == lax).all()
+    assert num_decided > rows // 3
+    every = typical.keep_typical(logits.to(DEVICE), heat.to(DEVICE), None, p.to(DEVICE))
+    alone = typical.keep_typical(logits[4:7].to(DEVICE), heat[4:7].to(DEVICE), None, p[4:7].to(DEVICE))
+    assert torch.equal(alone, every[4:7])  # a row does not see its batch
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

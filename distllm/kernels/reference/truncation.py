@@ -32,24 +32,3 @@ def lowest_kept(
     nucleus = ordered.gather(-1, enough.int().argmax(-1, keepdim=True))  # up to the first sum that suffices
     lowest = torch.where((top_p < 1)[:, None], nucleus, lowest)
     return torch.where(temperature == 0, -torch.inf, lowest[:, 0]).float()
-
-
-def keep_typical(
-    logits: torch.Tensor, temperature: torch.Tensor, lowest: torch.Tensor | None, typical_p: torch.Tensor
-) -> torch.Tensor:
-    """Locally typical sampling (Meister et al. 2023) over what lowest_kept leaves: the tokens whose surprise
-    is nearest to the entropy, as many as reach the mass typical_p; the others become −inf.
-
-    logits: [num_rows, vocab] fp32. temperature above 0, typical_p: [num_rows] fp32. lowest: [num_rows] fp32.
-    """
-    scores = logits / temperature[:, None]
-    if lowest is not None:
-        scores = scores.masked_fill(logits < lowest[:, None], -torch.inf)
-    surprise = -scores.log_softmax(-1)
-    probs = (-surprise).exp()
-    entropy = torch.where(probs > 0, probs * surprise, 0.0).sum(-1, keepdim=True)
-    distance = (surprise - entropy).abs()
-    ordered, order = distance.sort(dim=-1, stable=True)
-    short = (probs.gather(-1, order).cumsum(-1) < typical_p[:, None]).sum(-1, keepdim=True)
-    farthest = ordered.gather(-1, short.clamp(max=logits.shape[-1] - 1))
-    return logits.masked_fill(distance > farthest, -torch.inf)

@@ -67,7 +67,10 @@ def _gumbel(entries, key):
     return -_log(tl.where(rest < 0.0625, series, -_log(1.0 - rest)))
 
 
-@triton.jit(do_not_specialize=["first_entry", "piece_blocks"])
+@triton.jit(
+    do_not_specialize=["first_entry", "piece_blocks"],
+    do_not_specialize_on_alignment=["temperature", "seed", "positions", "lowest"],
+)
 def _best_of_piece_kernel(
     logits, temperature, seed, positions, lowest, scores, token_ids, first_entry, vocab_size, row_stride,
     piece_blocks, TRUNCATED: tl.constexpr, BLOCK: tl.constexpr,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from distllm.kernels.triton.launch import OVERLAP, wait_for_inputs
 from distllm.kernels.triton.online_softmax import LOG2E
+from distllm.kernels.triton.ordered import ordered
 
 BLOCK, NUM_WARPS = 4096, 16
 # Low bits of an fp32 number that are zero in every value of the dtype.
@@ -20,19 +21,13 @@ UNUSED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
 @triton.jit
-def _ordered(bits, SHIFT: tl.constexpr):
-    """Signed keys in the order of the numbers with these (shifted) bits; its own inverse."""
-    return bits ^ ((bits >> 31) & (0x7FFFFFFF >> SHIFT))
-
-
-@triton.jit
 def _key(value, SHIFT: tl.constexpr):
-    return _ordered(value.to(tl.int32, bitcast=True) >> SHIFT, SHIFT).to(tl.int64)
+    return ordered(value.to(tl.int32, bitcast=True) >> SHIFT, SHIFT).to(tl.int64)
 
 
 @triton.jit
 def _value(key, SHIFT: tl.constexpr):
-    return (_ordered(key.to(tl.int32), SHIFT) << SHIFT).to(tl.float32, bitcast=True)
+    return (ordered(key.to(tl.int32), SHIFT) << SHIFT).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -75,7 +70,7 @@ def _largest_with(
     return _value(low, SHIFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p"])
 def _lowest_kept_kernel(
     logits, temperature, top_k, top_p, min_p, out, vocab_size, row_stride, SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -14,11 +14,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from distllm.kernels import penalize
 from distllm.runtime.sampling.logit_controls import LogitControls
 from distllm.runtime.sampling.logits_processors import NamedProcessor, ProcessorError
 from distllm.runtime.staging import to_device
-
-COLUMNS = 8192  # of the token table that are counted at a time, which bounds memory
 
 _Rows = list[tuple[int, LogitControls]]  # (row of the batch, its controls)
 
@@ -183,16 +182,12 @@ def _bias(rows: _Rows, device: torch.device) -> list[_Control]:
 @dataclass(frozen=True)
 class _Penalties:
     rows: torch.Tensor
-    repetition: torch.Tensor  # [num_rows, 1] fp32, as are the next
-    presence: torch.Tensor
-    frequency: torch.Tensor
+    penalties: torch.Tensor  # [3, num_rows] fp32: repetition, presence, frequency
 
     def apply(self, logits: torch.Tensor, history: History) -> None:
-        seen, generated = _count(history.take(self.rows), logits.shape[1])
-        values = logits[self.rows]
-        repeated = torch.where(values > 0, values / self.repetition, values * self.repetition)
-        values = torch.where(seen > 0, repeated, values)
-        logits[self.rows] = values - self.frequency * generated - self.presence * (generated > 0)
+        known = history.take(self.rows)
+        texts = known.table, known.slots, known.lengths, known.num_prompt
+        penalize(logits, self.rows, *texts, self.penalties)
 
 
 def _penalties(rows: _Rows, device: torch.device) -> list[_Control]:
@@ -200,22 +195,8 @@ def _penalties(rows: _Rows, device: torch.device) -> list[_Control]:
     if not some:
         return []
     values = [(c.repetition_penalty, c.presence_penalty, c.frequency_penalty) for _, c in some]
-    repetition, presence, frequency = to_device(np.array(values).T, torch.float32, device)[:, :, None]
-    return [_Penalties(_longs([row for row, _ in some], device), repetition, presence, frequency)]
-
-
-def _count(history: History, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often each token is in prompt and output, and in the output: [num_rows, vocab_size] int32."""
-    num_rows, device = len(history.slots), history.table.device
-    counts = torch.zeros(2, num_rows, vocab_size + 1, dtype=torch.int32, device=device)  # the last: no token
-    for start in range(0, history.table.shape[1], COLUMNS):
-        tokens = history.table[history.slots, start : start + COLUMNS].long()
-        places = torch.arange(start, start + tokens.shape[1], device=device)
-        known = torch.where(places < history.lengths[:, None], tokens, vocab_size)
-        ones = torch.ones_like(known, dtype=torch.int32)
-        counts[0].scatter_add_(1, known, ones)
-        counts[1].scatter_add_(1, known.masked_fill(places < history.num_prompt[:, None], vocab_size), ones)
-    return counts[0, :, :vocab_size], counts[1, :, :vocab_size]
+    columns = to_device(np.array(values).T, torch.float32, device)
+    return [_Penalties(_longs([row for row, _ in some], device), columns)]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from distllm.kernels import keep_typical, lowest_kept, sample_tokens, token_logp
 from distllm.parallel.vocab import VocabParallelHead
 from distllm.runtime.plan import RowSampling, mask_bytes
 from distllm.runtime.sampling.controlled_rows import ControlledRows, History
+from distllm.runtime.sampling.logit_controls import LogitControls
 from distllm.runtime.sampling.logits_processors import NamedProcessor, errors_to_device
 from distllm.runtime.sampling.sampled import Logprobs, Sampled
 from distllm.runtime.sampling.token_masks import apply_masks
@@ -75,17 +76,19 @@ class Sampler:
 
         Collective: every rank of tp.
         """
-        logits = self._head.gather(self._head(hidden))
-        zeros = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        for num_rows in (1, 2, 4):  # by which parameters are aligned to 4, 8 or 16 bytes
-            first = zeros[:num_rows]
-            p = self._tables.parameters(first)
-            for each in (logits[:num_rows], logits[:num_rows].float()):  # behind controls they are fp32
-                lowest = lowest_kept(each, p["temperature"], p["top_k"], p["top_p"], p["min_p"])
-                for border in (None, lowest):
-                    sample_tokens(each, p["temperature"], p["seed"], first, border)
+        logits, num_rows = self._head.gather(self._head(hidden)), len(hidden)
+        zeros = torch.zeros(num_rows, dtype=torch.int64, device=hidden.device)
+        p = self._tables.parameters(zeros)
+        heat = p["temperature"]
+        for each in (logits, logits.float()):  # behind controls they are fp32
+            lowest = lowest_kept(each, heat, p["top_k"], p["top_p"], p["min_p"])
+            for border in (None, lowest):
+                keep_typical(each, heat, border, heat)
+                sample_tokens(each, heat, p["seed"], zeros, border)
+        history = History(self._tables.token_ids, zeros, zeros, zeros)
+        penalized = ControlledRows([LogitControls(presence_penalty=1)], [], logits.device)
+        penalized.apply(logits[:1], history)
         token_logprobs(logits, zeros, 1)
-        num_rows = len(hidden)
         apply_masks(logits, [0] * num_rows, {0: bytes(num_rows * mask_bytes(logits.shape[1]))})
 
     def sample_plain(self, shard: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -121,17 +124,11 @@ def _choose(
 def _typical(
     logits: torch.Tensor, rows: list[RowSampling], temperature: torch.Tensor, lowest: torch.Tensor | None
 ) -> torch.Tensor:
-    """Only rows that ask for it are touched; the input is kept."""
-    some = [(i, row.typical_p) for i, row in enumerate(rows) if row.typical_p < 1]
-    if not some:
+    """The input is kept."""
+    if all(row.typical_p == 1 for row in rows):
         return logits
-    numbers, masses = zip(*some, strict=True)
-    index = to_device(numbers, torch.int64, logits.device)
-    mass = to_device(masses, torch.float32, logits.device)
-    kept = keep_typical(
-        logits[index].float(), temperature[index], None if lowest is None else lowest[index], mass
-    )
-    return logits.index_copy(0, index, kept.to(logits.dtype))
+    masses = to_device([row.typical_p for row in rows], torch.float32, logits.device)
+    return keep_typical(logits, temperature, lowest, masses)
 
 
 def num_top_logprobs(rows: list[RowSampling]) -> int:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from distllm.kernels.reference.truncation import keep_typical, lowest_kept
-from distllm.runtime.sampling import controlled_rows
+from distllm.kernels.reference import penalties
+from distllm.kernels.reference.truncation import lowest_kept
+from distllm.kernels.reference.typical import keep_typical
 from distllm.runtime.sampling.controlled_rows import ControlledRows, History
 from distllm.runtime.sampling.logit_controls import NO_CONTROLS, LogitControls
 from distllm.runtime.sampling.logits_processors import (
@@ -21,6 +22,7 @@ from distllm.runtime.sampling.logits_processors import (
     errors_of,
     errors_to_device,
 )
+from tests.sampling_cases import typical_by_hand
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 13  # small: tokens and n-grams do repeat
@@ -104,7 +106,7 @@ def test_each_control_alone(field: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_controls_combined(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controlled_rows, "COLUMNS", 7)  # several pieces of the token table
+    monkeypatch.setattr(penalties, "COLUMNS", 7)  # several pieces of the token table
     rng = random.Random(1)
     for _ in range(60):
         rows = [random_controls(rng, rng.sample(list(FIELDS), rng.randint(1, len(FIELDS)))) for _ in range(8)]
@@ -174,22 +176,6 @@ def test_rows_serve_their_own_composition_only() -> None:
         assert not rows.serves(controls)
 
 
-def typical_by_hand(row: np.ndarray, mass: float) -> np.ndarray:
-    probs = np.exp(row - row[np.isfinite(row)].max())
-    probs /= probs.sum()
-    live = probs > 0
-    entropy = -(probs[live] * np.log(probs[live])).sum()
-    with np.errstate(divide="ignore"):
-        distance = np.abs(-np.log(probs) - entropy)
-    kept, total = np.zeros(len(row), bool), 0.0
-    for token_id in np.argsort(distance, kind="stable"):
-        if total >= mass:
-            break
-        kept |= distance <= distance[token_id]
-        total += probs[token_id]
-    return kept
-
-
 def test_typical_keeps_what_fp64_keeps() -> None:
     rng = np.random.default_rng(0)
     num_rows = 300
@@ -204,5 +190,5 @@ def test_typical_keeps_what_fp64_keeps() -> None:
     )
     for row, kept in enumerate(torch.isfinite(found).numpy()):
         tempered = np.where(logits[row] >= lowest[row].item() - 1e-6, logits[row], -np.inf) / heat[row]
-        near = [typical_by_hand(tempered, mass[row] + error) for error in (-1e-5, 1e-5)]
-        assert (kept[near[0]]).all() and (near[1][kept]).all()
+        strict, lax = typical_by_hand(tempered, mass[row], 1e-5)
+        assert (kept[strict]).all() and (lax[kept]).all()
