@@ -33,6 +33,7 @@ from distllm.runtime.admission import Admission, Prompt
 from distllm.runtime.beams.beam_generation import BeamGeneration
 from distllm.runtime.beams.beam_search_params import BeamSearchParams
 from distllm.runtime.coordinator import Coordinator, Watch
+from distllm.runtime.garbage import old_objects_spared
 from distllm.runtime.generation import Generation
 from distllm.runtime.kv_memory import kv_block_count
 from distllm.runtime.loaded_model import LoadedModel
@@ -396,7 +397,8 @@ class LLM:
             )
         self._in_use = True
         try:
-            yield
+            with old_objects_spared():
+                yield
         except (RequestError, GeneratorExit):
             self._in_use = False
             raise

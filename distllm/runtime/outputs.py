@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Logprob:
     """One token's log-probability under the model's own distribution (before temperature and truncation)."""
 
