@@ -99,7 +99,8 @@ def _token_logprobs(
     (num_rows, vocab_size), device = logits.shape, logits.device
     block = max(LEAST_BLOCK, triton.next_power_of_2(triton.cdiv(vocab_size, MAX_PIECES)))
     num_pieces = triton.cdiv(vocab_size, block)
-    largests, totals = torch.empty(2, num_rows, num_pieces, dtype=torch.float32, device=device)
+    largests = torch.empty(num_rows, num_pieces, dtype=torch.float32, device=device)
+    totals = torch.empty_like(largests)
     counts = torch.empty(num_rows, num_pieces, dtype=torch.int32, device=device)
     bests = torch.empty(num_rows, num_pieces, num_top, dtype=torch.int64, device=device)
     _piece_kernel[(num_pieces, num_rows)](

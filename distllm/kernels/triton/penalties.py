@@ -22,9 +22,7 @@ def _tokens(table, slots, row, places, length, table_stride):
 
 
 @triton.jit(do_not_specialize=["table_stride"])
-def _count_kernel(
-    table, slots, lengths, num_prompt, counts, vocab_size, table_stride, BLOCK: tl.constexpr
-):  # fmt: skip
+def _count_kernel(table, slots, lengths, num_prompt, counts, vocab_size, table_stride, BLOCK: tl.constexpr):
     """Adds 2 for each time that a token is in the output, and sets the lowest bit if it is in the prompt."""
     wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
@@ -75,16 +73,6 @@ def penalize(
     grid = (num_rows, triton.cdiv(max_len, BLOCK))
     _count_kernel[grid](table, slots, lengths, num_prompt, counts, vocab_size, max_len, BLOCK, **OVERLAP)
     _penalize_kernel[grid](
-        logits,
-        rows,
-        table,
-        slots,
-        lengths,
-        penalties,
-        counts,
-        vocab_size,
-        max_len,
-        num_rows,
-        BLOCK,
+        logits, rows, table, slots, lengths, penalties, counts, vocab_size, max_len, num_rows, BLOCK,
         **OVERLAP,
-    )
+    )  # fmt: skip

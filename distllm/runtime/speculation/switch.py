@@ -3,8 +3,9 @@
 A verification computes several tokens of each row and waits for its result. With few rows that is nearly
 free; with many the device is busy without it. Where the border lies depends on model, device and text, so
 both ways are timed: how long a row waits for a token. The slower way is tried again when what its trials lost
-is a small share of the time, and a trial ends as soon as it has lost too much. A size of batch that nobody
-has timed goes the way of the nearest one that is known. Only plans follow from what is measured here.
+is a small share of the time, smaller with each that finds nothing new; and a trial ends as soon as it has
+lost too much. A size of batch that nobody has timed goes the way of the nearest one that is known. Only plans
+follow from what is measured here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from time import perf_counter
 
 WINDOW, FIRST_WINDOW = 8, 3  # stretches until a way is judged; the first one has nothing to be judged by
 LEAST_GAIN = 1.05  # in tokens a second
-TRIAL_SHARE = 0.01  # of the time: what may be lost by trying the way that is slower
+TRIAL_SHARE = 0.01  # of the time: what may be lost by trying the way that is slower; at first
+LEAST_SHARE = 0.002  # half of it with each trial that finds nothing new, down to this
 MOST_LOST_S = 0.02  # by a trial, before it ends
 NEWS = 0.25  # of the pace of the faster way: what the last window counts
 
@@ -77,6 +79,7 @@ class SpeculationSwitch:
         self._bucket, self._way = -1, True
         self._rival = 0.0  # pace of the way that is faster, while the other is tried
         self._lost_s = 0.0  # by trials, and not yet made up for
+        self._share = TRIAL_SHARE
         self._window = _Window(self._settling)
         self._now_s = self._stretch_s = clock()  # of the last decision; when the stretch began
         self._num_timed = 0  # decisions of the stretch
@@ -110,7 +113,7 @@ class SpeculationSwitch:
         """The last decision has been carried out."""
         now, before = self._clock(), self._now_s
         self._now_s = now
-        self._lost_s = max(0.0, self._lost_s - TRIAL_SHARE * (now - before))
+        self._lost_s = max(0.0, self._lost_s - self._share * (now - before))
         if self._unsettled:
             self._unsettled -= 1
             self._stretch_s, self._num_timed = now, 0
@@ -132,11 +135,12 @@ class SpeculationSwitch:
         pace, known = self._window.pace, self._paces.get(self._bucket, {})
         if self._rival:
             self._lost_s += self._window.lost_s(self._rival)
+            self._share = max(LEAST_SHARE, self._share / 2)
         if pace and len(self._window.stretches) > 1:
             best, before = self._best(self._bucket), known.get(self._way, pace)
             known[self._way] = pace if self._rival else before + NEWS * (pace - before)
             if self._best(self._bucket) != best:
-                self._lost_s = 0.0  # the other way is tried at once: is it so?
+                self._lost_s, self._share = 0.0, TRIAL_SHARE  # the other way is tried at once: is it so?
 
     def _begin(self, bucket: int) -> None:
         known, best, before = self._paces.setdefault(bucket, {}), self._best(bucket), self._way

@@ -180,6 +180,42 @@ def test_batches_that_end_with_the_row_that_is_guessed_worst(batch_size: int) ->
     assert lost(serve, chance=0.75, spread=0.2) < 0.08
 
 
+@pytest.mark.parametrize("chance", [0.2, 0.6, 0.7])
+def test_what_is_known_is_tried_less_and_less(chance: float) -> None:
+    """Each trial spreads rows of one length, and the batch waits for the last."""
+
+    def serve(server: Server) -> float:
+        server.serve(128, repeat(600, 128))  # finds out
+        began = server.now
+        for _ in range(12):
+            server.serve(128, repeat(288, 128))
+        return server.now - began
+
+    assert lost(serve, chance=chance) < 0.006
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_texts_that_change(batch_size: int) -> None:
+    """After long in which nothing was guessed, speculation comes back within 20 s, and goes at once."""
+    server = Server(SpeculationSwitch, chance=0.01)
+
+    def rate(chance: float, seconds: float) -> float:
+        for row in server.rows:
+            row.chance = chance
+        return server.serve(batch_size, repeat(10**9, batch_size - len(server.rows)), seconds)
+
+    rate(0.01, 60)
+    rate(0.95, 20)
+    quick = rate(0.95, 10)
+    rate(0.01, 1)
+    slow = rate(0.01, 10)
+    assert quick < 1.03 * steady(True, 0.95, batch_size) and slow < 1.03 * steady(False, 0.01, batch_size)
+
+
+def steady(way: bool, chance: float, batch_size: int) -> float:
+    return Server(always(way), chance=chance).serve(batch_size, repeat(10**9, batch_size), 10)
+
+
 @pytest.mark.parametrize("chance", [0.78, 0.65])
 def test_a_larger_batch_than_ever_before(chance: float) -> None:
     """What was lost by trials with few rows is no reason not to find out about many."""
